@@ -192,7 +192,8 @@ class DispatchRequest:
         expert_alignment: per-expert counts are rounded up to it.
         num_worst_tokens: 0, or the fixed number of output rows; then the host does not wait.
         handle: V1's tuple as an earlier fresh dispatch returned it (perhaps a fresh plain tuple of its parts).
-        num_sms: how many SMs to use; obeyed when set by the user, else a ceiling.
+        num_sms: how many SMs to use.
+        num_sms_is_exact: the user chose it, so it is obeyed exactly; else it is a ceiling.
     """
 
     x: torch.Tensor
@@ -204,6 +205,7 @@ class DispatchRequest:
     num_worst_tokens: int = 0
     handle: tuple[torch.Tensor | None, ...] | None = None
     num_sms: int = 20
+    num_sms_is_exact: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,7 +239,7 @@ class CombineRequest:
         handle: V1's tuple of the dispatch.
         topk_weights: float32 ``[R, K]``, summed over ranks beside the rows, or ``None``.
         biases: 0 to 2 bf16 tensors ``[T, H]``, added first.
-        num_sms: as in `DispatchRequest`.
+        num_sms, num_sms_is_exact: as in `DispatchRequest`.
     """
 
     x: torch.Tensor
@@ -245,11 +247,15 @@ class CombineRequest:
     topk_weights: torch.Tensor | None = None
     biases: tuple[torch.Tensor, ...] = ()
     num_sms: int = 20
+    num_sms_is_exact: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
 class CombineResult:
-    """``combined_x`` bf16 ``[T, H]``, the unweighted sum over ranks; ``combined_topk_weights`` float32 ``[T, K]`` or ``None``."""
+    """``combined_x`` bf16 ``[T, H]``: the unweighted sum over ranks.
+
+    ``combined_topk_weights``: float32 ``[T, K]`` or ``None``.
+    """
 
     combined_x: torch.Tensor
     combined_topk_weights: torch.Tensor | None = None
@@ -265,7 +271,7 @@ class NormalBackend(ABC):
 
     @abstractmethod
     def layout(self, topk_idx: torch.Tensor, num_experts: int) -> DispatchLayout:
-        """Count. Local, no peer takes part. ``topk_idx`` ``[T, K]`` contiguous int64 or int32; the host does not wait."""
+        """Count. Local, the host does not wait. ``topk_idx``: contiguous int64 or int32 ``[T, K]``."""
 
     @abstractmethod
     def dispatch(self, request: DispatchRequest) -> DispatchResult:
@@ -307,6 +313,13 @@ class NormalBackend(ABC):
     def tuning_space(self) -> Mapping[str, tuple[int, ...]]:
         """What ``deepep tune`` may vary, beside the SM count, with the values worth trying."""
         return {}
+
+    def push_limit_gbps(self, num_sms: int) -> float | None:
+        """The best all-to-all push rate of this machine, GB/s of egress per rank, measured now; ``None`` if unknown.
+
+        Collective. Benchmarks measure wire efficiency against it.
+        """
+        return None
 
     @abstractmethod
     def abort(self) -> None:
@@ -430,7 +443,7 @@ class LowLatencyBackend(ABC):
 
     @abstractmethod
     def combine(self, request: LowLatencyCombineRequest) -> LowLatencyCombineResult:
-        """Bring expert outputs back and sum them with the weights. Collective. One handle may be combined repeatedly."""
+        """Bring expert outputs back, sum them with the weights. Collective. One handle may be combined repeatedly."""
 
     @abstractmethod
     def next_combine_buffer(self, handle: tuple[Any, ...]) -> torch.Tensor:
@@ -503,6 +516,11 @@ class Backend(ABC):
 
         Creates no CUDA context, needs no group, takes well under a second, and never raises.
         """
+
+    @classmethod
+    def is_sm90_compiled(cls) -> bool:
+        """Whether this backend has kernels built with SM90 features. Touches no CUDA state."""
+        return False
 
     @classmethod
     @abstractmethod

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from .errors import PeerLostError, PeerTimeoutError
+from .errors import BufferStateError, PeerLostError, PeerTimeoutError
 
 _POLL_S = 0.0002
 _PUBLISH_AFTER_S = 1.0
@@ -30,6 +30,15 @@ class Channel(ABC):
 
     rank: int
     num_ranks: int
+    _is_aborted = False
+
+    def abort(self) -> None:
+        """Local, idempotent, callable from another thread: waits end with `BufferStateError`, now and from now on."""
+        self._is_aborted = True
+
+    def _check_aborted(self, phase: str) -> None:
+        if self._is_aborted:
+            raise BufferStateError(f"{phase}: rank {self.rank} gave up waiting because the buffer was aborted.")
 
     @abstractmethod
     def all_gather(self, record: bytes, *, phase: str, timeout_s: float) -> list[bytes]:
@@ -66,17 +75,17 @@ class GroupChannel(Channel):
             return [record]
         sent = torch.frombuffer(bytearray(record), dtype=torch.uint8).to(self._device)
         gathered = torch.empty((self.num_ranks, sent.numel()), dtype=torch.uint8, device=self._device)
-        self._num_waits += 1
         started = time.monotonic()
         try:
             work = dist.all_gather(list(gathered.unbind(0)), sent, group=self.group, async_op=True)
             self.wait(work, phase=phase, timeout_s=timeout_s)
-        except (PeerTimeoutError, PeerLostError):
+        except (PeerTimeoutError, PeerLostError, BufferStateError):
             raise
         except RuntimeError as error:
             raise PeerLostError(
                 f"{phase}: the exchange with the other ranks broke on rank {self.rank} after "
-                f"{time.monotonic() - started:.1f} s: {_first_line(error)}. A peer's process has ended or its connection "
+                f"{time.monotonic() - started:.1f} s: {_first_line(error)}. A peer's process has ended or its "
+                "connection "
                 "closed. Destroy the buffer and the group, and start again without it.",
                 phase=phase,
             ) from error
@@ -88,9 +97,11 @@ class GroupChannel(Channel):
         A wait longer than a second is published in the group's store, so that whoever runs into its deadline can tell
         the ranks that wait like itself from those that never came.
         """
+        self._num_waits += 1
         started = time.monotonic()
         published = False
         while not work.is_completed():
+            self._check_aborted(phase)
             waited = time.monotonic() - started
             if not published and waited > min(_PUBLISH_AFTER_S, timeout_s / 4):
                 self._publish()
@@ -142,6 +153,7 @@ class MpiChannel(Channel):
         request = self.comm.Iallgather(sent, gathered)
         started = time.monotonic()
         while not request.Test():
+            self._check_aborted(phase)
             waited = time.monotonic() - started
             if waited > timeout_s:
                 raise PeerTimeoutError(

@@ -70,8 +70,6 @@ class PeerTimeoutError(PeerError, TimeoutError):
         waited_s: how long this rank waited, in seconds.
     """
 
-    def __init__(
-        self, message: str, *, ranks: Iterable[int] = (), phase: str = "", waited_s: float = 0.0
-    ) -> None:
+    def __init__(self, message: str, *, ranks: Iterable[int] = (), phase: str = "", waited_s: float = 0.0) -> None:
         super().__init__(message, ranks=ranks, phase=phase)
         self.waited_s = waited_s

@@ -74,7 +74,8 @@ class InternodeHandle:
         recv_rdma_channel_prefix_matrix: int32 ``[D, 1]``; rows this rank forwards from each node.
         recv_rdma_rank_prefix_sum: int32 ``[D]``; inclusive sums of the same.
         recv_gbl_channel_prefix_matrix: int32 ``[N, 1]``; first row of each source rank in ``recv_x``.
-        recv_gbl_rank_prefix_sum: int32 ``[N]``; inclusive sums over source ranks of received rows (V1's ``handle[-4]``).
+        recv_gbl_rank_prefix_sum: int32 ``[N]``; inclusive sums over source ranks of received rows
+            (V1's ``handle[-4]``).
         recv_src_meta: uint8 ``[R, 8]``; source rank and source token of each row, two little-endian int32.
         send_rdma_head: int32 ``[T, D]``; row of the token at the forwarding rank of that node, ``-1`` where none.
         send_nvl_head: int32 ``[F, 8]`` for the ``F`` rows this rank forwards (by source node, then source token):
@@ -152,4 +153,4 @@ class LowLatencyHandle:
         return LowLatencyHandle(**{f.name: p for f, p in zip(fields(LowLatencyHandle), parts, strict=True)})
 
 
-__all__ = ["IntranodeHandle", "InternodeHandle", "LowLatencyHandle", "Parts"]
+__all__ = ["InternodeHandle", "IntranodeHandle", "LowLatencyHandle", "Parts"]

@@ -154,7 +154,8 @@ def judge(headers: list[CallHeader], ranks: list[int] | None = None) -> None:
     if refused:
         first = headers[refused[0]]
         raise PeerRefusedError(
-            f"{operation}: rank {numbers[refused[0]]} refused its arguments, so the call did not take place on any rank. "
+            f"{operation}: rank {numbers[refused[0]]} refused its arguments, so the call did not take place "
+            "on any rank. "
             f"Its reason: {first.refusal}",
             ranks=named(refused),
             phase=operation,

@@ -1,0 +1,160 @@
+"""Every routine of this repository by name: ``nox -l`` lists them, ``nox`` runs the tests.
+
+Sessions that work on the tree share one environment with the packages installed in place (``.nox/tree``), because torch
+takes half a minute to install. The packaging session installs built wheels into bare environments, each with a torch
+that was "there before": that is how users meet these packages, and it shows that none of them replaces it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import nox
+
+nox.needs_version = ">=2024.4.15"
+nox.options.error_on_missing_interpreters = True
+nox.options.default_venv_backend = "none"
+
+ROOT = Path(__file__).parent
+PACKAGES = ROOT / "packages"
+PURE_PACKAGES = ("deepep-core", "deepep-reference")
+NATIVE_PACKAGES = ("deepep-nvshmem",)
+PYTHON_VERSIONS = ("3.10", "3.11", "3.12", "3.13")
+TREE_TOOLS = ("build", "hatchling", "mypy", "ruff")
+CHECKED_SCRIPTS = ("noxfile.py", "tests/cluster", "tests/packaging", "docs")
+# What a machine without a network lacks beside torch, numpy, pytest and hypothesis: small wheels of pure Python.
+OFFLINE_WHEELS = ("stevedore", "hatchling", "packaging", "pathspec", "pluggy", "trove-classifiers", "tomli")
+
+
+@nox.session
+def tests(session: nox.Session) -> None:
+    """All tests that need no GPU (further arguments go to pytest)."""
+    session.run(tree_python(session), "-m", "pytest", *(session.posargs or ["-q"]), external=True)
+
+
+@nox.session(default=False)
+def lint(session: nox.Session) -> None:
+    """Style: ruff's rules and ruff's format."""
+    python = tree_python(session)
+    session.run(python, "-m", "ruff", "check", ".", external=True)
+    session.run(python, "-m", "ruff", "format", "--check", ".", external=True)
+
+
+@nox.session(default=False)
+def types(session: nox.Session) -> None:
+    """Type hints of all packages, as each supported Python reads them."""
+    python = tree_python(session)
+    sources = [str(path.relative_to(ROOT)) for path in sorted(PACKAGES.glob("*/src"))]
+    for version in PYTHON_VERSIONS:
+        session.run(python, "-m", "mypy", f"--python-version={version}", *sources, external=True)
+    session.run(python, "-m", "mypy", *[name for name in CHECKED_SCRIPTS if (ROOT / name).exists()], external=True)
+
+
+@nox.session(default=False)
+def docs(session: nox.Session) -> None:
+    """The examples of README and docs: each one is run, its output compared, links followed."""
+    session.run(tree_python(session), "docs/run_examples.py", *session.posargs, external=True)
+
+
+@nox.session(default=False)
+def packaging(session: nox.Session) -> None:
+    """Builds every package, installs them in clean environments and checks what arrived."""
+    python = tree_python(session)
+    natives = NATIVE_PACKAGES if shutil.which("nvcc") else ()
+    if not natives:
+        session.log("no nvcc on this machine: %s cannot be built and are left out", ", ".join(NATIVE_PACKAGES))
+    dist = Path(session.create_tmp()) / "dist"
+    shutil.rmtree(dist, ignore_errors=True)
+    for name in (*PURE_PACKAGES, *natives):
+        if not (PACKAGES / name / "pyproject.toml").exists():
+            continue
+        # From the tree to an sdist, and from that sdist to the wheel: a wheel that needs a file the sdist lacks fails.
+        session.run(
+            python, "-m", "build", "--outdir", str(dist), str(PACKAGES / name),
+            external=True, env=native_build_environment() if name in natives else {},
+        )  # fmt: skip
+    session.run(python, "tests/packaging/check_archives.py", str(dist), external=True)
+
+    for combination in combinations(natives):
+        target = clean_environment(session, "-".join(combination))
+        wheels = [str(next(dist.glob(f"{name.replace('-', '_')}-*.whl"))) for name in combination]
+        wheels[0] += "[cli]"
+        session.run(target, "-m", "pip", "install", "--quiet", *wheels, external=True)
+        session.run(target, "-m", "pip", "check", external=True)
+        session.run(target, "tests/packaging/check_install.py", *combination, external=True)
+
+
+@nox.session(default=False)
+def cluster(session: nox.Session) -> None:
+    """The three cluster checks, small, on the CPU."""
+    python = tree_python(session)
+    small = ("--processes=4", "--tokens=64", "--hidden=512", "--topk=4", "--experts=16")
+    session.run(python, "tests/cluster/intranode.py", *small, "--pressure=2", external=True)
+    session.run(
+        python, "tests/cluster/internode.py", *small, "--groups=2", "--pressure=2",
+        external=True, env={"DEEPEP_RANKS_PER_NODE": "2"},
+    )  # fmt: skip
+    session.run(python, "tests/cluster/low_latency.py", *small, "--pressure=2", external=True)
+
+
+@nox.session(default=False)
+def gpu(session: nox.Session) -> None:
+    """Everything marked gpu, built from the tree, with the Python at hand (needs GPUs and nvcc)."""
+    session.run("bash", "scripts/gpu_suite.sh", *session.posargs, external=True)
+
+
+@nox.session(default=False)
+def wheelhouse(session: nox.Session) -> None:
+    """Collects in wheelhouse/ the small wheels that scripts/gpu_suite.sh needs on a machine without a network."""
+    session.run(
+        sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:",
+        "--dest", "wheelhouse", *OFFLINE_WHEELS, external=True,
+    )  # fmt: skip
+
+
+def tree_python(session: nox.Session) -> str:
+    """The interpreter of the shared environment, made again when a pyproject.toml or the constraints change."""
+    home = ROOT / ".nox" / "tree"
+    python = home / "bin" / "python"
+    stamp = home / "installed"
+    described = [ROOT / "constraints.txt", ROOT / "noxfile.py", *sorted(PACKAGES.glob("*/pyproject.toml"))]
+    state = hashlib.sha256(b"".join(path.read_bytes() for path in described)).hexdigest()
+    if not (stamp.exists() and stamp.read_text() == state):
+        session.run(sys.executable, "-m", "venv", "--clear", str(home), external=True, silent=True)
+        editable = [part for name in PURE_PACKAGES for part in ("-e", f"packages/{name}")]
+        editable[1] += "[cli,testing]"
+        session.run(
+            str(python), "-m", "pip", "install", "--quiet", "-c", "constraints.txt", *TREE_TOOLS, *editable,
+            external=True,
+        )  # fmt: skip
+        stamp.write_text(state)
+    return str(python)
+
+
+def clean_environment(session: nox.Session, name: str) -> str:
+    """The interpreter of an empty environment in which only a torch of an earlier day is found."""
+    before = ROOT / ".nox" / "torch-before"
+    if not (before / "torch").exists():
+        requirements = ("-c", "constraints.txt", "torch", "numpy")
+        session.run(
+            sys.executable, "-m", "pip", "install", "--quiet", "--target", str(before), *requirements, external=True
+        )
+    home = ROOT / ".nox" / f"clean-{name}"
+    session.run(sys.executable, "-m", "venv", "--clear", str(home), external=True, silent=True)
+    site_packages = next((home / "lib").glob("python*/site-packages"))
+    (site_packages / "torch-before.pth").write_text(f"{before}\n")
+    return str(home / "bin" / "python")
+
+
+def combinations(natives: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """Core alone, core with the reference, core with each native package."""
+    return [("deepep-core",), ("deepep-core", "deepep-reference"), *(("deepep-core", name) for name in natives)]
+
+
+def native_build_environment() -> dict[str, str]:
+    """Builds for every architecture the packages declare, whatever GPU this machine has."""
+    return {"TORCH_CUDA_ARCH_LIST": os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0")}

@@ -1,0 +1,102 @@
+"""Ordering of streams around a backend's call, and what keeps tensors alive until their stream is done with them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+
+from .backend import LowLatencyBackend, NormalBackend, Operation
+from .errors import ArgumentError
+from .events import EventHandle, EventOverlap
+
+Hook = Callable[[], None]
+
+
+@contextlib.contextmanager
+def checked(part: NormalBackend | LowLatencyBackend, operation: Operation) -> Iterator[None]:
+    """Check arguments inside: a refusal is told to the peers, which already wait in the same call."""
+    try:
+        yield
+    except ArgumentError as error:
+        part.refuse(operation, str(error))
+        raise
+
+
+def check_overlap(
+    where: str, previous_event: Any, async_finish: bool, allocate_on_comm_stream: bool, hook: bool = False
+) -> None:
+    if previous_event is not None and not hasattr(previous_event, "current_stream_wait"):
+        raise ArgumentError(
+            f"{where}: previous_event is a {type(previous_event).__name__}; it has to be an EventOverlap or None."
+        )
+    if allocate_on_comm_stream and not (async_finish and event_of(previous_event) is not None):
+        raise ArgumentError(
+            f"{where}: allocate_on_comm_stream needs async_finish=True and a previous_event that holds an event."
+        )
+    if async_finish and hook:
+        raise ArgumentError(f"{where}: async_finish and return_recv_hook exclude each other.")
+
+
+@contextlib.contextmanager
+def behind(stream: torch.cuda.Stream | None, previous_event: Any) -> Iterator[None]:
+    """Make ``stream`` current, ordered behind ``previous_event``, or behind the current stream without one."""
+    if stream is None:
+        yield
+        return
+    event = event_of(previous_event)
+    if event is not None:
+        event.stream_wait(stream)
+    else:
+        stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        yield
+
+
+def finish(
+    stream: torch.cuda.Stream | None,
+    async_finish: bool,
+    inputs: Iterable[torch.Tensor | None],
+    outputs: Iterable[torch.Tensor | None],
+) -> EventOverlap:
+    """Order the current stream, or the user's later wait, behind ``stream``, and keep memory from early reuse.
+
+    Outputs are allocated on the communication stream and used on the current one, inputs the other way round.
+    """
+    if stream is None:
+        return EventOverlap(EventHandle()) if async_finish else EventOverlap(None)
+    current = torch.cuda.current_stream()
+    for tensor in outputs:
+        if tensor is not None and tensor.is_cuda:
+            tensor.record_stream(current)
+    if not async_finish:
+        current.wait_stream(stream)
+        return EventOverlap(None)
+    for tensor in inputs:
+        if tensor is not None and tensor.is_cuda:
+            tensor.record_stream(stream)
+    return EventOverlap(EventHandle(stream))
+
+
+def event_of(previous_event: Any) -> Any:
+    """The event inside an `EventOverlap`; a bare `EventHandle` is taken too."""
+    return getattr(previous_event, "event", previous_event) if previous_event is not None else None
+
+
+def run_once(receive: Callable[[], None], on_cuda: bool, alive: tuple[Any, ...]) -> Hook:
+    """The user's hook: runs ``receive`` once, on the stream that is current now, whoever calls it from wherever."""
+    stream = torch.cuda.current_stream() if on_cuda else None
+    done = False
+
+    def hook() -> None:
+        nonlocal done, alive
+        if done:
+            return
+        done = True
+        with torch.cuda.stream(stream):
+            receive()
+        alive = ()
+
+    return hook

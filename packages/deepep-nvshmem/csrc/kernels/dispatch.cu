@@ -1,0 +1,319 @@
+// Dispatch: every token's row goes once to each rank that holds one of its experts, straight into its final place there.
+//
+// Push warps   one lane each: a ring of shared-memory stages, filled by bulk loads from x and emptied by one bulk store per destination rank
+//              (without bulk copies: the whole warp copies with 16-byte loads and stores).
+// Side warps   top-k indices (renumbered for the destination), weights, source token numbers, and scale rows that bulk copies cannot carry;
+//              ordinary stores, long runs of them, because rows of one source lie next to each other at the destination.
+// Before: send_head and rank_prefix hold this routing (notify, or an earlier dispatch). No store lands before the destination's READY was
+// seen; the kernel ends when all rows for this rank have arrived. Work is assigned statically and finished before anything but READY is awaited,
+// so one resident block is enough.
+#include "deepep/ptx/bulk.cuh"
+#include "handshake.cuh"
+
+namespace deepep::nvlink {
+namespace {
+
+constexpr int kOp = static_cast<int>(Op::kDispatch);
+constexpr int kMaxThreads = 544;
+constexpr int kStageAlignment = 128;
+constexpr uint32_t kDoneGood = 1, kDoneFailed = 2;
+
+struct Shared {
+    Handshake handshake;
+    uint32_t is_last;
+    int32_t side_tokens[kMaxThreads / 32][32];
+    int32_t side_rows[kMaxThreads / 32][32];
+};
+
+// Destination ranks in the order in which this rank serves them: the next one first, itself last, so that not all ranks push to the same one.
+__device__ __forceinline__ int dst_rank_of(const Domain& domain, int i) {
+    const int rank = domain.rank + 1 + i;
+    return rank >= domain.num_ranks ? rank - domain.num_ranks : rank;
+}
+
+// Rows of a token at each destination, in serving order; -1 where it does not go (or would not fit).
+struct Heads {
+    int32_t rows[kMaxRanks];
+
+    __device__ static Heads load(const DispatchArgs& args, const Handshake& shared, int64_t token) {
+        Heads heads;
+#pragma unroll
+        for (int i = 0; i < kMaxRanks; ++i)
+            heads.rows[i] = i < args.domain.num_ranks ? args.send_head[token * args.domain.num_ranks + dst_rank_of(args.domain, i)] : -1;
+#pragma unroll
+        for (int i = 0; i < kMaxRanks; ++i)
+            if (i < args.domain.num_ranks && heads.rows[i] >= shared.grants[dst_rank_of(args.domain, i)].num_rows) heads.rows[i] = -1;
+        return heads;
+    }
+};
+
+#if DEEPEP_HAS_BULK
+// One warp's share of the rows. Only lane 0 touches barriers and copies; the other lanes help where scales must be gathered.
+__device__ void push_rows_bulk(const DispatchArgs& args, const Handshake& shared, uint8_t* ring, uint64_t* barriers, int warp) {
+    const int lane = threadIdx.x % 32;
+    const int num_ranks = args.domain.num_ranks;
+    const int num_stages = args.num_stages;
+    const int64_t num_scale_bytes = args.use_bulk_scales ? args.num_scales * 4ll : 0;
+    const int64_t scales_begin = align_up(args.parts.num_part_bytes, kStageAlignment);
+    const bool gathers_scales = args.use_bulk_scales && (args.scales_stride_col != 1 || args.scales_stride_token % 4 != 0);
+    const int64_t num_items = args.num_tokens * args.parts.num_parts;
+    const int64_t first = static_cast<int64_t>(blockIdx.x) * args.num_push_warps + warp;
+    const int64_t stride = static_cast<int64_t>(gridDim.x) * args.num_push_warps;
+    const int64_t num_mine = first < num_items ? (num_items - 1 - first) / stride + 1 : 0;
+
+    if (lane == 0) {
+        for (int stage = 0; stage < num_stages; ++stage) ptx::mbarrier_init(barriers + stage, 1);
+        ptx::fence_mbarrier_init();
+        ptx::fence_async_global();  // READY, acquired by this block, permits the bulk stores below
+    }
+    __syncwarp();
+
+    int load_stage = 0;
+    int64_t num_loaded = 0;
+    auto load = [&] {
+        const int64_t item = first + num_loaded * stride;
+        const int64_t token = args.parts.num_parts == 1 ? item : item / args.parts.num_parts;
+        const int part = static_cast<int>(item - token * args.parts.num_parts);
+        uint8_t* stage = ring + static_cast<int64_t>(load_stage) * args.num_stage_bytes;
+        const bool has_scales = num_scale_bytes > 0 && part == 0;
+        if (gathers_scales && has_scales) {
+            for (int col = lane; col < args.num_scales; col += 32)
+                reinterpret_cast<uint32_t*>(stage + scales_begin)[col] =
+                    args.scales[token * args.scales_stride_token + col * args.scales_stride_col];
+            ptx::fence_async_shared();  // these ordinary writes are read by the bulk store below
+            __syncwarp();
+        }
+        if (lane == 0) {
+            const int num_bytes = args.parts.num_bytes(part);
+            const int num_more = has_scales && !gathers_scales ? static_cast<int>(num_scale_bytes) : 0;
+            ptx::mbarrier_arrive_expect(barriers + load_stage, num_bytes + num_more);
+            ptx::bulk_load(stage, args.x + token * args.parts.num_row_bytes + args.parts.begin(part), num_bytes, barriers + load_stage);
+            if (num_more > 0)
+                ptx::bulk_load(stage + scales_begin, args.scales + token * args.scales_stride_token, num_more, barriers + load_stage);
+        }
+        ++num_loaded;
+        load_stage = load_stage + 1 == num_stages ? 0 : load_stage + 1;
+    };
+
+    if (!gathers_scales && lane != 0) return;
+    while (num_loaded < num_stages - 1 && num_loaded < num_mine) load();
+    int stage_index = 0;
+    uint32_t parity = 0;
+    for (int64_t k = 0; k < num_mine; ++k) {
+        if (lane == 0) {
+            const int64_t item = first + k * stride;
+            const int64_t token = args.parts.num_parts == 1 ? item : item / args.parts.num_parts;
+            const int part = static_cast<int>(item - token * args.parts.num_parts);
+            const Heads heads = Heads::load(args, shared, token);  // in flight while the row lands
+            const uint8_t* stage = ring + static_cast<int64_t>(stage_index) * args.num_stage_bytes;
+            ptx::mbarrier_wait(barriers + stage_index, parity);
+#pragma unroll
+            for (int i = 0; i < kMaxRanks; ++i) {
+                if (i >= num_ranks || heads.rows[i] < 0) continue;
+                const Grant& grant = shared.grants[dst_rank_of(args.domain, i)];
+                ptx::bulk_store(grant.rows + heads.rows[i] * args.parts.num_row_bytes + args.parts.begin(part), stage, args.parts.num_bytes(part));
+                if (num_scale_bytes > 0 && part == 0)
+                    ptx::bulk_store(grant.scales + heads.rows[i] * num_scale_bytes, stage + scales_begin, static_cast<int>(num_scale_bytes));
+            }
+            ptx::bulk_commit();
+            if (num_loaded < num_mine) ptx::bulk_wait_read<1>();  // the stage of the item before this one is free
+        }
+        if (gathers_scales) __syncwarp();
+        if (num_loaded < num_mine) load();
+        if (++stage_index == num_stages) {
+            stage_index = 0;
+            parity ^= 1;
+        }
+    }
+    if (lane == 0) ptx::bulk_wait<0>();  // all rows have landed, visibly to this thread: the block's release may vouch for them
+}
+#endif
+
+// The same without bulk copies: a warp per row, several 16-byte loads in flight.
+__device__ void push_rows_plain(const DispatchArgs& args, const Handshake& shared, int warp, int num_warps) {
+    constexpr int kUnroll = 4;
+    const int lane = threadIdx.x % 32;
+    const int64_t num_vectors = args.parts.num_row_bytes / 16;
+    for (int64_t token = static_cast<int64_t>(blockIdx.x) * num_warps + warp; token < args.num_tokens;
+         token += static_cast<int64_t>(gridDim.x) * num_warps) {
+        const Heads heads = Heads::load(args, shared, token);
+        const int4* src = reinterpret_cast<const int4*>(args.x + token * args.parts.num_row_bytes);
+        for (int64_t base = lane; base < num_vectors; base += 32 * kUnroll) {
+            int4 vectors[kUnroll];
+#pragma unroll
+            for (int u = 0; u < kUnroll; ++u)
+                if (base + u * 32 < num_vectors) vectors[u] = src[base + u * 32];
+#pragma unroll
+            for (int i = 0; i < kMaxRanks; ++i) {
+                if (i >= args.domain.num_ranks || heads.rows[i] < 0) continue;
+                int4* dst = reinterpret_cast<int4*>(shared.grants[dst_rank_of(args.domain, i)].rows + heads.rows[i] * args.parts.num_row_bytes);
+#pragma unroll
+                for (int u = 0; u < kUnroll; ++u)
+                    if (base + u * 32 < num_vectors) dst[base + u * 32] = vectors[u];
+            }
+        }
+    }
+}
+
+// Side data of 32 tokens at a time for one destination: the tokens that go there are listed, then their elements are stored as one run.
+__device__ void push_side_data(const DispatchArgs& args, Shared& shared, int warp, int num_warps) {
+    const Domain& domain = args.domain;
+    const int lane = threadIdx.x % 32;
+    int32_t* tokens = shared.side_tokens[warp];
+    int32_t* rows = shared.side_rows[warp];
+    const bool has_topk = args.topk_idx.data != nullptr;
+    const bool has_scales = args.scales != nullptr && !args.use_bulk_scales;
+    const bool has_src_idx = args.recv_src_idx != nullptr;
+    if (!has_topk && !has_scales && !has_src_idx) return;
+    const int64_t num_groups = ceil_div(args.num_tokens, 32) * domain.num_ranks;
+    for (int64_t group = static_cast<int64_t>(blockIdx.x) + static_cast<int64_t>(gridDim.x) * warp; group < num_groups;
+         group += static_cast<int64_t>(gridDim.x) * num_warps) {
+        const int dst_rank = dst_rank_of(domain, static_cast<int>(group % domain.num_ranks));
+        const int64_t token = group / domain.num_ranks * 32 + lane;
+        const Grant& grant = shared.handshake.grants[dst_rank];
+        const int32_t row = token < args.num_tokens ? args.send_head[token * domain.num_ranks + dst_rank] : -1;
+        const bool goes = row >= 0 && row < grant.num_rows;
+        const uint32_t mask = __ballot_sync(~0u, goes);
+        const int num_rows = __popc(mask);
+        __syncwarp();  // the lists of the group before have been read
+        if (goes) {
+            const int place = __popc(mask & ((1u << lane) - 1));
+            tokens[place] = static_cast<int32_t>(token - (token - lane));
+            rows[place] = row;
+        }
+        __syncwarp();
+        const int64_t first_token = token - lane;
+        if (has_topk) {
+            int64_t* recv_topk_idx = reinterpret_cast<int64_t*>(grant.topk_idx);
+            float* recv_weights = reinterpret_cast<float*>(grant.weights);
+            for (int e = lane; e < num_rows * args.num_topk; e += 32) {
+                const int i = e / args.num_topk, k = e % args.num_topk;
+                const int64_t from = (first_token + tokens[i]) * args.num_topk + k;
+                const int64_t to = static_cast<int64_t>(rows[i]) * args.num_topk + k;
+                const int64_t expert = localise_expert(args.topk_idx[from], dst_rank, args.num_local_experts);
+                recv_topk_idx[to] = expert;
+                recv_weights[to] = expert < 0 ? 0.0f : args.topk_weights[from];
+            }
+        }
+        if (has_src_idx && lane < num_rows)
+            reinterpret_cast<int32_t*>(grant.src_idx)[rows[lane]] = static_cast<int32_t>(first_token + tokens[lane]);
+        if (has_scales) {
+            uint32_t* recv_scales = reinterpret_cast<uint32_t*>(grant.scales);
+#pragma unroll 4
+            for (int e = lane; e < num_rows * args.num_scales; e += 32) {
+                const int i = e / args.num_scales, col = e % args.num_scales;
+                recv_scales[static_cast<int64_t>(rows[i]) * args.num_scales + col] =
+                    args.scales[(first_token + tokens[i]) * args.scales_stride_token + col * args.scales_stride_col];
+            }
+        }
+    }
+}
+
+// Worst-case sizes: rows that nobody sends are marked as such.
+__device__ void fill_unused_rows(const DispatchArgs& args) {
+    const int num_ranks = args.domain.num_ranks;
+    const int64_t num_received = min_of(args.rank_prefix[(num_ranks - 1) * num_ranks + args.domain.rank], args.capacity);
+    const int64_t begin = num_received * args.num_topk, end = args.capacity * args.num_topk;
+    const int64_t thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+    const int64_t num_threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
+    if (args.recv_topk_idx != nullptr)
+        for (int64_t i = begin + thread; i < end; i += num_threads) {
+            args.recv_topk_idx[i] = -1;
+            args.recv_topk_weights[i] = 0.0f;
+        }
+    if (args.recv_src_idx != nullptr)
+        for (int64_t row = num_received + thread; row < args.capacity; row += num_threads) args.recv_src_idx[row] = -1;
+}
+
+// Says so when a destination cannot hold what is routed to it (worst-case sizes chosen too small, or a handle of another routing).
+__device__ void check_capacities(const DispatchArgs& args, const WaitContext& context, const Handshake& shared) {
+    const int num_ranks = args.domain.num_ranks;
+    const int dst_rank = threadIdx.x;
+    if (blockIdx.x != 0 || dst_rank >= num_ranks || shared.is_failed) return;
+    const int64_t wanted = args.rank_prefix[(num_ranks - 1) * num_ranks + dst_rank];
+    const int64_t capacity = shared.grants[dst_rank].num_rows;
+    if (wanted > capacity) report_error(context, ErrorKind::kOverflow, Phase::kRows, dst_rank, wanted, capacity, 0);
+}
+
+// The block that finishes last tells every rank that this one's rows have landed, and waits for the same from them.
+__device__ void finish(const DispatchArgs& args, const WaitContext& context, Shared& shared) {
+    const Domain& domain = args.domain;
+    DeviceState* state = context.state;
+    __syncthreads();
+    // The barrier joins the block's stores to thread 0; acq_rel arrivals join the blocks; the release below passes all of it to the peers.
+    if (threadIdx.x == 0) shared.is_last = ptx::add_acq_rel_gpu(&state->arrivals[kOp], 1) == gridDim.x - 1;
+    __syncthreads();
+    if (!shared.is_last) return;
+    if (static_cast<int>(threadIdx.x) < domain.num_ranks) {
+        const int peer = threadIdx.x;
+        const uint32_t outcome = has_failed(context) ? kDoneFailed : kDoneGood;
+        ptx::store_release_sys(domain.window.done(domain.arenas[peer], Op::kDispatch, domain.rank), signal_word(context.epoch, outcome));
+        const uint64_t* word = domain.window.done(domain.arenas[domain.rank], Op::kDispatch, peer);
+        uint32_t value = 0;
+        if (wait_signal(context, word, context.epoch, Phase::kDone, peer, &value)) {
+            acquire_signal(word);  // the rows of that peer are readable by whatever follows this kernel
+            if (value != kDoneGood) report_error(context, ErrorKind::kPeerFailed, Phase::kDone, peer, value, kDoneGood, 0);
+        }
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        ptx::store_relaxed_gpu(&state->arrivals[kOp], 0);
+        ptx::store_relaxed_gpu(&state->epochs[kOp], context.epoch);
+    }
+}
+
+__global__ void __launch_bounds__(kMaxThreads, 1) push_rows_kernel(const __grid_constant__ DispatchArgs args) {
+    extern __shared__ __align__(128) uint8_t dynamic[];
+    __shared__ Shared shared;
+    const Domain& domain = args.domain;
+    DeviceState* state = domain.state();
+    const WaitContext context{domain.host, state, Op::kDispatch, domain.rank, ptx::load_relaxed_gpu(&state->epochs[kOp]) + 1};
+    const bool has_topk = args.topk_idx.data != nullptr;
+    const GrantSizes sizes{args.parts.num_row_bytes, args.scales != nullptr ? args.num_scales * 4 : 0, has_topk ? args.num_topk * 8 : 0,
+                           has_topk ? args.num_topk * 4 : 0, args.recv_src_idx != nullptr ? 4 : 0};
+    const OwnGrant own{args.is_staged ? kKindStaged : kKindDirect,
+                       args.capacity,
+                       offset_in_arena(domain, args.recv_x),
+                       offset_in_arena(domain, args.recv_scales),
+                       offset_in_arena(domain, args.recv_topk_idx),
+                       offset_in_arena(domain, args.recv_topk_weights),
+                       offset_in_arena(domain, args.recv_src_idx)};
+    exchange_grants(domain, context, shared.handshake, sizes, own);
+    check_capacities(args, context, shared.handshake);
+
+    const int warp = threadIdx.x / 32;
+    if (warp < args.num_push_warps) {
+#if DEEPEP_HAS_BULK
+        if (args.use_bulk) {
+            uint8_t* ring = dynamic + static_cast<int64_t>(warp) * args.num_stages * args.num_stage_bytes;
+            uint64_t* barriers =
+                reinterpret_cast<uint64_t*>(dynamic + static_cast<int64_t>(args.num_push_warps) * args.num_stages * args.num_stage_bytes);
+            push_rows_bulk(args, shared.handshake, ring, barriers + warp * args.num_stages, warp);
+        } else
+#endif
+            push_rows_plain(args, shared.handshake, warp, args.num_push_warps);
+    } else {
+        push_side_data(args, shared, warp - args.num_push_warps, args.num_side_warps);
+    }
+    if (args.fill_unused) fill_unused_rows(args);
+    finish(args, context, shared);
+}
+
+}  // namespace
+
+cudaError_t launch_dispatch(const DispatchArgs& args, int num_sms, cudaStream_t stream) {
+    const int num_threads = (args.num_push_warps + args.num_side_warps) * 32;
+    const int num_shared_bytes = args.use_bulk ? args.num_push_warps * args.num_stages * (args.num_stage_bytes + 8) : 0;
+    push_rows_kernel<<<num_sms, num_threads, num_shared_bytes, stream>>>(args);
+    return cudaGetLastError();
+}
+
+cudaError_t prepare_dispatch(bool has_bulk) {
+    cudaFuncAttributes attributes;
+    const cudaError_t status = cudaFuncGetAttributes(&attributes, push_rows_kernel);
+    if (status != cudaSuccess || !has_bulk) return status;
+    return cudaFuncSetAttribute(push_rows_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                kMaxSharedBytes - static_cast<int>(attributes.sharedSizeBytes));
+}
+
+}  // namespace deepep::nvlink

@@ -1,0 +1,155 @@
+#pragma once
+// What each kernel is given, and how it is launched. The launch functions return CUDA's answer and decide nothing else.
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "deepep/layout/routing.hpp"
+#include "deepep/layout/status.hpp"
+#include "deepep/layout/window.hpp"
+
+namespace deepep::nvlink {
+
+// One rank's view of the domain; the same for every kernel.
+struct Domain {
+    int rank;
+    int num_ranks;
+    uint8_t* arenas[kMaxRanks];  // every rank's arena as mapped here; [rank] is the own one
+    int64_t num_arena_bytes;
+    NormalWindow window;
+    HostControl* host;      // pinned, this rank's
+    int32_t* host_experts;  // pinned, [max_local_experts]
+
+#if defined(__CUDACC__)
+    __device__ DeviceState* state() const { return window.state(arenas[rank]); }
+#endif
+};
+
+// Indices arrive as 32 or 64-bit integers.
+struct IndexArray {
+    const void* data;
+    int bits;
+
+#if defined(__CUDACC__)
+    __device__ int64_t operator[](int64_t i) const {
+        return bits == 64 ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i];
+    }
+#endif
+};
+
+struct LayoutArgs {
+    Domain domain;
+    IndexArray topk_idx;  // [T, K]
+    int64_t num_tokens;
+    int num_topk;
+    int num_experts;
+    int32_t* num_tokens_per_rank;    // [N]
+    int32_t* num_tokens_per_expert;  // [E]
+    bool* is_token_in_rank;          // [T, N]
+    int32_t* num_bad_indices;        // one, or null
+};
+
+struct NotifyArgs {
+    Domain domain;
+    uint32_t status;
+    uint32_t reason;
+    uint32_t fields[kNumHeaderFields];
+    int64_t num_tokens;
+    int num_experts;
+    int expert_alignment;
+    const int32_t* num_tokens_per_rank;
+    const int32_t* num_tokens_per_expert;
+    const bool* is_token_in_rank;
+    const int32_t* num_bad_indices;   // or null
+    int32_t* rank_prefix;             // [N, N]
+    int32_t* send_head;               // [T, N]
+    int32_t* recv_tokens_per_expert;  // [L], or null
+    uint32_t ticket;                  // 0: nothing for the host
+};
+
+struct DispatchArgs {
+    Domain domain;
+    // what this rank sends
+    const uint8_t* x;        // [T, row bytes]
+    const uint32_t* scales;  // [T, S] with strides, or null
+    int num_scales;
+    int64_t scales_stride_token;  // in elements
+    int64_t scales_stride_col;
+    IndexArray topk_idx;  // [T, K], or null data
+    const float* topk_weights;
+    int64_t num_tokens;
+    int num_topk;
+    int num_local_experts;
+    const int32_t* rank_prefix;  // [N, N]
+    const int32_t* send_head;    // [T, N]
+    // what this rank receives
+    uint8_t* recv_x;
+    uint32_t* recv_scales;
+    int64_t* recv_topk_idx;
+    float* recv_topk_weights;
+    int32_t* recv_src_idx;
+    int64_t capacity;
+    bool fill_unused;
+    bool is_staged;  // the outputs are not in the arena
+    // how
+    RowParts parts;
+    bool use_bulk;
+    bool use_bulk_scales;  // scale rows travel with the row's first part
+    int num_push_warps;
+    int num_side_warps;
+    int num_stages;
+    int num_stage_bytes;
+};
+
+struct CombineArgs {
+    Domain domain;
+    // what this rank owns
+    const uint8_t* y;           // [R, row bytes]
+    const float* topk_weights;  // [R, K], or null
+    int64_t num_recv_tokens;
+    bool is_staged;  // y or the weights are not in the arena
+    // what this rank collects
+    const uint8_t* bias_0;  // [T, row bytes], or null
+    const uint8_t* bias_1;
+    const int32_t* rank_prefix;
+    const int32_t* send_head;  // [T, N]
+    int64_t num_tokens;
+    int num_topk;
+    uint8_t* out;             // [T, row bytes]
+    float* out_topk_weights;  // [T, K], or null
+    // how
+    RowParts parts;
+    bool use_bulk;
+    int num_stages;
+    int num_push_stages;  // staged: shared memory of each pushing warp
+};
+
+struct FabricArgs {
+    int rank;
+    int num_ranks;
+    uint8_t* arenas[kMaxRanks];
+    uint8_t* local;
+    int64_t num_rows;
+    int num_row_bytes;
+    int num_warps;
+    int num_stages;
+};
+
+constexpr int kMaxSharedBytes = 232448;  // what a block may have on SM90 and SM100; smaller devices use no bulk copies
+
+cudaError_t launch_layout(const LayoutArgs& args, cudaStream_t stream);
+cudaError_t launch_notify(const NotifyArgs& args, cudaStream_t stream);
+cudaError_t launch_dispatch(const DispatchArgs& args, int num_sms, cudaStream_t stream);
+cudaError_t launch_combine(const CombineArgs& args, int num_sms, cudaStream_t stream);
+enum class FabricDirection { kPush, kPull, kPushStore };
+cudaError_t launch_fabric(const FabricArgs& args, FabricDirection direction, int num_sms, cudaStream_t stream);
+
+// Loads the kernels of each file on the current device (lazy loading may not meet a spinning kernel) and raises their shared-memory limits.
+cudaError_t prepare_layout();
+cudaError_t prepare_notify();
+cudaError_t prepare_dispatch(bool has_bulk);
+cudaError_t prepare_combine(bool has_bulk);
+
+bool is_sm90_compiled();
+
+}  // namespace deepep::nvlink

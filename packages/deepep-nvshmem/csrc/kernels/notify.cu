@@ -1,0 +1,233 @@
+// Notify: the ranks of the domain tell each other what they are about to do and how much they will send.
+//
+// Every word of the exchange is a signal word, so that a value is valid as soon as it is seen: no fence, one flight over the link. Each block
+// posts all of this rank's words (posting twice changes nothing), so that no block depends on another one being resident; then
+//   block 0      publishes the counts for the host and writes rank_prefix and the expert counts;
+//   every block  numbers the tokens that go to one destination rank (send_head).
+// The words live twice, by parity of the epoch: a rank ends its call only after every peer has posted, so it can be one call ahead, never two.
+#include "deepep/ptx/memory.cuh"
+#include "deepep/sync/wait.cuh"
+#include "kernels.hpp"
+
+namespace deepep::nvlink {
+namespace {
+
+constexpr int kNumThreads = 1024;
+constexpr int kNumWarps = kNumThreads / 32;
+constexpr int kTokensPerThread = 4;
+static_assert(kMaxRanks * kNumHeaderWords <= kNumThreads, "one thread polls each header word");
+static_assert(kMaxRanks * kMaxRanks <= kNumThreads, "one thread polls each rank count");
+
+struct Shared {
+    uint32_t headers[kMaxRanks][kNumHeaderWords];
+    int32_t counts[kMaxRanks][kMaxRanks];  // [source][destination]
+    int32_t prefix[kMaxRanks][kMaxRanks];  // inclusive over sources
+    uint32_t mismatch_mask;
+    uint32_t bad_count_mask;
+    int32_t warp_sums[kNumWarps];
+    uint32_t is_last;
+};
+
+__device__ uint32_t header_word(const NotifyArgs& args, int word) {
+    switch (word) {
+        case kHeaderStatus: return args.status;
+        case kHeaderNumExperts: return static_cast<uint32_t>(args.num_experts);
+        case kHeaderNumBadIndices: return args.num_bad_indices == nullptr ? 0 : static_cast<uint32_t>(*args.num_bad_indices);
+        case kHeaderReason: return args.reason;
+        default: return args.fields[word - kHeaderFields];
+    }
+}
+
+__device__ void post_counts(const NotifyArgs& args, uint32_t epoch) {
+    const Domain& domain = args.domain;
+    const int num_local_experts = args.num_experts / domain.num_ranks;
+    const bool is_valid = args.status == kStatusValid;
+    const int num_words = kNumHeaderWords + (is_valid ? domain.num_ranks + num_local_experts : 0);
+    for (int i = threadIdx.x; i < domain.num_ranks * num_words; i += kNumThreads) {
+        const int dst_rank = i / num_words;
+        const int word = i % num_words;
+        uint32_t value;
+        if (word < kNumHeaderWords)
+            value = header_word(args, word);
+        else if (word < kNumHeaderWords + domain.num_ranks)
+            value = static_cast<uint32_t>(args.num_tokens_per_rank[word - kNumHeaderWords]);
+        else
+            value = static_cast<uint32_t>(
+                args.num_tokens_per_expert[dst_rank * num_local_experts + word - kNumHeaderWords - domain.num_ranks]);
+        uint64_t* words = domain.window.counts(domain.arenas[dst_rank], epoch, domain.rank);
+        ptx::store_relaxed_sys(words + word, signal_word(epoch, value));
+    }
+}
+
+// Everybody's header and rank counts into shared memory, and whether they may be used. All blocks read the same words and so decide alike.
+__device__ void collect_counts(const NotifyArgs& args, const WaitContext& context, Shared& shared) {
+    const Domain& domain = args.domain;
+    const int num_ranks = domain.num_ranks;
+    const int tid = static_cast<int>(threadIdx.x);
+    if (tid == 0) shared.mismatch_mask = shared.bad_count_mask = 0;
+    __syncthreads();
+    if (tid < num_ranks * kNumHeaderWords) {
+        const int src_rank = tid / kNumHeaderWords;
+        const int word = tid % kNumHeaderWords;
+        const uint64_t* words = domain.window.counts(domain.arenas[domain.rank], context.epoch, src_rank);
+        uint32_t value = 0;
+        const bool came = wait_signal(context, words + word, context.epoch, Phase::kHeader, src_rank, &value);
+        shared.headers[src_rank][word] = came ? value : (word == kHeaderStatus ? kStatusInvalid : 0);
+        const bool is_shared_fact = word >= kHeaderFields || word == kHeaderNumExperts;
+        const bool differs = (word == kHeaderStatus && value != kStatusValid) || (is_shared_fact && value != header_word(args, word));
+        if (!came || differs) atomicOr(&shared.mismatch_mask, 1u << src_rank);
+    }
+    __syncthreads();
+    const bool is_agreed = shared.mismatch_mask == 0;
+    if (tid < num_ranks * num_ranks) {
+        const int src_rank = tid / num_ranks;
+        const int dst_rank = tid % num_ranks;
+        const uint64_t* words = domain.window.counts(domain.arenas[domain.rank], context.epoch, src_rank);
+        uint32_t value = 0;
+        // A rank that disagrees about the number of experts, or refused, may not have posted counts: then nobody's are used.
+        if (is_agreed && !wait_signal(context, words + kNumHeaderWords + dst_rank, context.epoch, Phase::kCounts, src_rank, &value))
+            atomicOr(&shared.mismatch_mask, 1u << src_rank);
+        // Sums of eight such counts stay below 2^31.
+        if (value >= (1u << 28)) {
+            report_error(context, ErrorKind::kBadCount, Phase::kCounts, src_rank, value, 0, 0);
+            atomicOr(&shared.bad_count_mask, 1u << src_rank);
+            value = 0;
+        }
+        shared.counts[src_rank][dst_rank] = static_cast<int32_t>(value);
+    }
+    __syncthreads();
+    const bool is_usable = shared.mismatch_mask == 0 && shared.bad_count_mask == 0;
+    if (tid < num_ranks) {
+        int32_t sum = 0;
+        for (int src_rank = 0; src_rank < num_ranks; ++src_rank) {
+            sum += is_usable ? shared.counts[src_rank][tid] : 0;
+            shared.prefix[src_rank][tid] = sum;
+        }
+    }
+    if (tid == 0 && blockIdx.x == 0 && shared.mismatch_mask != 0) {
+        const int peer = __ffs(static_cast<int>(shared.mismatch_mask)) - 1;
+        report_error(context, ErrorKind::kMismatch, Phase::kHeader, peer, shared.mismatch_mask, 0, 0);
+    }
+    __syncthreads();
+}
+
+// Block 0: sums for this rank's experts, rank_prefix, and the host's copy of it all.
+__device__ void publish_counts(const NotifyArgs& args, const WaitContext& context, Shared& shared) {
+    const Domain& domain = args.domain;
+    const int num_ranks = domain.num_ranks;
+    const int num_local_experts = args.num_experts / num_ranks;
+    const int tid = static_cast<int>(threadIdx.x);
+    const bool is_usable = shared.mismatch_mask == 0 && shared.bad_count_mask == 0;
+    CountsRecord* record = &domain.host->counts;
+    for (int expert = tid; expert < num_local_experts; expert += kNumThreads) {
+        int64_t sum = 0;
+        for (int src_rank = 0; is_usable && src_rank < num_ranks; ++src_rank) {
+            const uint64_t* words = domain.window.counts(domain.arenas[domain.rank], context.epoch, src_rank);
+            uint32_t value = 0;
+            wait_signal(context, words + kNumHeaderWords + num_ranks + expert, context.epoch, Phase::kCounts, src_rank, &value);
+            // An expert cannot get more tokens than its rank gets.
+            if (value > static_cast<uint32_t>(shared.counts[src_rank][domain.rank])) {
+                report_error(context, ErrorKind::kBadCount, Phase::kCounts, src_rank, value, shared.counts[src_rank][domain.rank], 0);
+                atomicOr(&shared.bad_count_mask, 1u << src_rank);
+                value = 0;
+            }
+            sum += value;
+        }
+        const int32_t rounded = static_cast<int32_t>(align_up(sum, args.expert_alignment));
+        if (args.recv_tokens_per_expert != nullptr) args.recv_tokens_per_expert[expert] = rounded;
+        if (args.ticket != 0) domain.host_experts[expert] = rounded;
+    }
+    if (args.rank_prefix != nullptr && tid < num_ranks * num_ranks)
+        args.rank_prefix[tid] = shared.prefix[tid / num_ranks][tid % num_ranks];
+    if (args.ticket == 0) return;
+    if (tid < num_ranks * kNumHeaderWords)
+        record->headers[tid / kNumHeaderWords][tid % kNumHeaderWords] = shared.headers[tid / kNumHeaderWords][tid % kNumHeaderWords];
+    __syncthreads();
+    if (tid == 0) {
+        record->num_recv_tokens = shared.prefix[num_ranks - 1][domain.rank];
+        record->mismatch_mask = shared.mismatch_mask;
+        record->bad_count_mask = shared.bad_count_mask;
+        // The barrier joined the block's stores to this thread; the release passes them to the host.
+        ptx::store_release_sys(&record->ticket, args.ticket);
+    }
+}
+
+// Numbers the tokens that go to dst_rank in token order, behind the rows of the sources before this rank.
+__device__ void number_tokens(const NotifyArgs& args, const WaitContext& context, Shared& shared, int dst_rank) {
+    const int num_ranks = args.domain.num_ranks;
+    const int rank = args.domain.rank;
+    const int lane = threadIdx.x % 32;
+    const int warp = threadIdx.x / 32;
+    const int32_t end = shared.prefix[rank][dst_rank];
+    int32_t next = rank == 0 ? 0 : shared.prefix[rank - 1][dst_rank];
+    bool fits = true;
+    for (int64_t tile = 0; tile < args.num_tokens; tile += kNumThreads * kTokensPerThread) {
+        const int64_t first = tile + static_cast<int64_t>(threadIdx.x) * kTokensPerThread;
+        uint32_t mask = 0;
+        for (int i = 0; i < kTokensPerThread; ++i)
+            if (first + i < args.num_tokens && args.is_token_in_rank[(first + i) * num_ranks + dst_rank]) mask |= 1u << i;
+        const int32_t mine = __popc(mask);
+        int32_t before = mine;  // inclusive over the warp's lanes
+        for (int offset = 1; offset < 32; offset *= 2) {
+            const int32_t other = __shfl_up_sync(~0u, before, offset);
+            if (lane >= offset) before += other;
+        }
+        __syncthreads();  // the previous tile's sums have been read
+        if (lane == 31) shared.warp_sums[warp] = before;
+        __syncthreads();
+        int32_t warps_before = 0, total = 0;
+        for (int i = 0; i < kNumWarps; ++i) {
+            const int32_t sum = shared.warp_sums[i];
+            warps_before += i < warp ? sum : 0;
+            total += sum;
+        }
+        int32_t row = next + warps_before + before - mine;
+        for (int i = 0; i < kTokensPerThread && first + i < args.num_tokens; ++i) {
+            const bool is_in = mask >> i & 1;
+            // Rows beyond the announced number belong to somebody else; they are never used.
+            const bool is_announced = is_in && row < end;
+            args.send_head[(first + i) * num_ranks + dst_rank] = is_announced ? row : -1;
+            row += is_in;
+        }
+        next += total;
+        fits = next <= end;
+    }
+    const bool is_usable = shared.mismatch_mask == 0 && shared.bad_count_mask == 0;
+    if (threadIdx.x == 0 && is_usable && (next != end || !fits))
+        report_error(context, ErrorKind::kLayoutMismatch, Phase::kRows, dst_rank, next, end, 0);
+}
+
+__global__ void __launch_bounds__(kNumThreads) exchange_counts_kernel(const __grid_constant__ NotifyArgs args) {
+    __shared__ Shared shared;
+    const Domain& domain = args.domain;
+    DeviceState* state = domain.state();
+    constexpr int kOp = static_cast<int>(Op::kNotify);
+    const WaitContext context{domain.host, state, Op::kNotify, domain.rank, ptx::load_relaxed_gpu(&state->epochs[kOp]) + 1};
+
+    post_counts(args, context.epoch);
+    collect_counts(args, context, shared);
+    if (blockIdx.x == 0) publish_counts(args, context, shared);
+    if (args.status == kStatusValid)
+        for (int dst_rank = blockIdx.x; dst_rank < domain.num_ranks; dst_rank += gridDim.x) number_tokens(args, context, shared, dst_rank);
+
+    // The last block that has read the epoch moves it on.
+    __syncthreads();
+    if (threadIdx.x == 0 && ptx::add_acq_rel_gpu(&state->arrivals[kOp], 1) == gridDim.x - 1) {
+        ptx::store_relaxed_gpu(&state->arrivals[kOp], 0);
+        ptx::store_relaxed_gpu(&state->epochs[kOp], context.epoch);
+    }
+}
+
+}  // namespace
+
+cudaError_t launch_notify(const NotifyArgs& args, cudaStream_t stream) {
+    exchange_counts_kernel<<<args.domain.num_ranks, kNumThreads, 0, stream>>>(args);
+    return cudaGetLastError();
+}
+
+cudaError_t prepare_notify() {
+    cudaFuncAttributes attributes;
+    return cudaFuncGetAttributes(&attributes, exchange_counts_kernel);
+}
+
+}  // namespace deepep::nvlink
