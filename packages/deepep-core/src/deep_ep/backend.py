@@ -145,7 +145,11 @@ class GroupFacts:
 
 @dataclass(frozen=True, kw_only=True)
 class BufferOptions:
-    """How the buffer was asked for. Byte hints are V1's; a backend may need less or more and says so in its report."""
+    """How the buffer was asked for.
+
+    Byte hints are V1's; a backend may need less or more and documents what it takes. ``symmetric_heap_bytes`` is the
+    size of the memory that peers can reach, for backends that keep such; ``timeout_s`` the deadline of every wait.
+    """
 
     num_nvl_bytes: int = 0
     num_rdma_bytes: int = 0
@@ -155,6 +159,7 @@ class BufferOptions:
     allow_mnnvl: bool = False
     use_fabric: bool = False
     enable_shrink: bool = False
+    symmetric_heap_bytes: int = 1 << 30
     ll_reduce: LowLatencyReduce = "rank"
     timeout_s: float = 100.0
 

@@ -155,6 +155,7 @@ class Buffer(LowLatencyCalls):
                 allow_mnnvl=bool(allow_mnnvl),
                 use_fabric=bool(use_fabric),
                 enable_shrink=bool(enable_shrink),
+                symmetric_heap_bytes=max((own.symmetric_heap_mb or 1024) << 20, num_nvl_bytes),
                 ll_reduce=ll_reduce_of(ll_reduce or own.ll_reduce or "rank"),
                 timeout_s=timeout_of(timeout_s if timeout_s is not None else own.timeout_s or DEFAULT_TIMEOUT_S),
             )

@@ -45,6 +45,7 @@ _START_TIMEOUT_S = 120.0
 # Once a rank has failed, how long the others may go on: their tracebacks help, waiting for a deadline does not.
 _GRACE_S = 10.0
 _LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
+_preloaded = dict.fromkeys(["torch", "torch.distributed", "deep_ep", __name__])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,8 +97,6 @@ class RankPool:
         device: ``"cpu"``, or ``"cuda"``: rank ``r`` gets GPU ``r`` modulo the number of GPUs.
         group_backend: what `torch.distributed.init_process_group` takes. Without it: gloo for CPU tensors, and NCCL for
             CUDA tensors where every rank has its own GPU (NCCL refuses to share one).
-        preload: modules for the server process to import, beside torch and deep_ep, before it forks ranks. Only the
-            first pool of a process decides.
     """
 
     def __init__(
@@ -106,7 +105,6 @@ class RankPool:
         *,
         device: str = "cpu",
         group_backend: str | None = None,
-        preload: Sequence[str] = (),
     ) -> None:
         if max_ranks < 1:
             raise ValueError(f"max_ranks is {max_ranks}; a pool needs at least one rank.")
@@ -118,7 +116,7 @@ class RankPool:
         self._processes: _Processes | None = None
         self._lock = threading.Lock()
         self._multiprocessing = multiprocessing.get_context("forkserver")
-        self._multiprocessing.set_forkserver_preload(["torch", "torch.distributed", "deep_ep", __name__, *preload])
+        preload()
 
     def run(
         self,
@@ -183,6 +181,12 @@ class RankPool:
         self.close()
 
 
+def preload(*modules: str) -> None:
+    """Let the server process import these modules too, so that no rank has to; it starts with the first rank."""
+    _preloaded.update(dict.fromkeys(modules))
+    multiprocessing.get_context("forkserver").set_forkserver_preload(list(_preloaded))
+
+
 def run_ranks(
     function: Callable[..., Any],
     *args: Any,
@@ -215,7 +219,7 @@ def join_external(device: str | torch.device | None = None) -> RankContext:
         )
     chosen = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     if chosen.type == "cuda":
-        if chosen.index is None:
+        if str(chosen) == "cuda":  # no index
             local_rank = int(os.environ.get("LOCAL_RANK", os.environ["RANK"]))
             chosen = torch.device("cuda", local_rank % torch.cuda.device_count())
         torch.cuda.set_device(chosen)

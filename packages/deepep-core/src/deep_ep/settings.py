@@ -106,6 +106,12 @@ VARIABLES: tuple[Variable, ...] = (
         parse=_one_of("rank", "expert"),
     ),
     Variable(
+        name="DEEPEP_SYMMETRIC_HEAP_MB",
+        accepts="a positive integer of MiB",
+        meaning="memory that peers can reach, per buffer, where a backend keeps such (1024, or num_nvl_bytes if larger)",
+        parse=_positive_int,
+    ),
+    Variable(
         name="DEEPEP_DEBUG",
         accepts="0 or 1",
         meaning="check values inside CUDA tensors too (expert numbers in range), at the price of a host wait",
@@ -120,13 +126,14 @@ class Settings:
 
     Attributes:
         backend: ``{"": name}`` for every mode the backend serves, or a name for each mode.
-        ranks_per_node, timeout_s, ll_reduce, debug: as in `VARIABLES`.
+        ranks_per_node, symmetric_heap_mb, timeout_s, ll_reduce, debug: as in `VARIABLES`.
         tuning: ``{"dispatch": {num_ranks: {field: value}}, "combine": ...}`` as ``deepep tune`` wrote it.
         source: where ``backend`` came from, for messages.
     """
 
     backend: Mapping[str, str] | None = None
     ranks_per_node: int | None = None
+    symmetric_heap_mb: int | None = None
     timeout_s: float | None = None
     ll_reduce: str | None = None
     debug: bool = False
@@ -169,6 +176,7 @@ def load(environ: Mapping[str, str] | None = None, directory: Path | None = None
     return Settings(
         backend=backend or main.get("backend"),
         ranks_per_node=values.get("DEEPEP_RANKS_PER_NODE", main.get("ranks_per_node")),
+        symmetric_heap_mb=values.get("DEEPEP_SYMMETRIC_HEAP_MB", main.get("symmetric_heap_mb")),
         timeout_s=values.get("DEEPEP_TIMEOUT_S", main.get("timeout_s")),
         ll_reduce=values.get("DEEPEP_LL_REDUCE", main.get("ll_reduce")),
         debug=values.get("DEEPEP_DEBUG", main.get("debug", False)),
@@ -183,6 +191,7 @@ _KEYS: dict[str, tuple[str, Callable[[Any], bool]]] = {
         lambda v: (isinstance(v, str) and bool(v)) or (isinstance(v, dict) and set(v) <= set(MODES)),
     ),
     "ranks_per_node": ("a positive integer", lambda v: isinstance(v, int) and not isinstance(v, bool) and v > 0),
+    "symmetric_heap_mb": ("a positive integer", lambda v: isinstance(v, int) and not isinstance(v, bool) and v > 0),
     "timeout_s": ("a positive number", lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and v > 0),
     "ll_reduce": ('"rank" or "expert"', lambda v: v in ("rank", "expert")),
     "debug": ("true or false", lambda v: isinstance(v, bool)),

@@ -12,9 +12,9 @@
 namespace deepep::nvlink {
 namespace {
 
-constexpr int kNumThreads = 1024;
+constexpr int kNumThreads = 512;
 constexpr int kNumWarps = kNumThreads / 32;
-constexpr int kTokensPerThread = 4;
+constexpr int kTokensPerThread = 8;
 static_assert(kMaxRanks * kNumHeaderWords <= kNumThreads, "one thread polls each header word");
 static_assert(kMaxRanks * kMaxRanks <= kNumThreads, "one thread polls each rank count");
 
@@ -197,7 +197,7 @@ __device__ void number_tokens(const NotifyArgs& args, const WaitContext& context
         report_error(context, ErrorKind::kLayoutMismatch, Phase::kRows, dst_rank, next, end, 0);
 }
 
-__global__ void __launch_bounds__(kNumThreads) exchange_counts_kernel(const __grid_constant__ NotifyArgs args) {
+__global__ void __launch_bounds__(kNumThreads, 1) exchange_counts_kernel(const __grid_constant__ NotifyArgs args) {
     __shared__ Shared shared;
     const Domain& domain = args.domain;
     DeviceState* state = domain.state();

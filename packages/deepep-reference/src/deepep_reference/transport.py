@@ -118,7 +118,9 @@ class GroupTransport(WholeGroupTransport):
 
     @property
     def description(self) -> str:
-        ways = (["cpu tensors directly"] if self._moves_cpu else []) + (["cuda tensors directly"] if self._moves_cuda else [])
+        ways = (["cpu tensors directly"] if self._moves_cpu else []) + (
+            ["cuda tensors directly"] if self._moves_cuda else []
+        )
         return f"torch.distributed all_to_all ({', '.join(ways)})"
 
     def _device_for(self, device: torch.device) -> torch.device:

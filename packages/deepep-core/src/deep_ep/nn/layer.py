@@ -129,4 +129,3 @@ class LowLatencyStep:
             self.receive()
             self.done = True
         return self.combined
-

@@ -1,0 +1,294 @@
+#include "runtime.hpp"
+
+#include <sched.h>
+
+#include <atomic>
+#include <chrono>
+#include <cstring>
+#include <limits>
+
+#include "deepep/memory/symmetric.hpp"
+
+namespace deepep::nvlink {
+namespace {
+
+constexpr uint64_t kDefaultTimeoutNs = 100ull * 1000 * 1000 * 1000;
+constexpr int64_t kMaxTokens = 1 << 28;  // of one rank, and rows of one output: sums over eight ranks stay in int32
+
+// Makes a device current for one call and restores the caller's.
+class DeviceGuard {
+public:
+    explicit DeviceGuard(int device) {
+        check_runtime(cudaGetDevice(&previous_), "asking for the current CUDA device");
+        if (previous_ != device) {
+            check_runtime(cudaSetDevice(device), "selecting CUDA device " + std::to_string(device));
+            changed_ = true;
+        }
+    }
+    ~DeviceGuard() {
+        if (changed_) static_cast<void>(cudaSetDevice(previous_));
+    }
+
+private:
+    int previous_ = 0;
+    bool changed_ = false;
+};
+
+void require(bool is_good, const std::string& text) {
+    if (!is_good) throw ArgumentError(text);
+}
+
+template <class T>
+T read_shared(const T& field) {
+    return *const_cast<const volatile T*>(&field);
+}
+
+bool is_aligned(const void* pointer, int64_t unit) { return reinterpret_cast<uintptr_t>(pointer) % unit == 0; }
+
+void require_rows(const char* op, int64_t num_row_bytes, int64_t num_tokens, int num_topk) {
+    const std::string where = std::string(op) + ": ";
+    require(num_row_bytes > 0 && num_row_bytes % 16 == 0 && num_row_bytes < std::numeric_limits<int32_t>::max(),
+            where + "a row has " + std::to_string(num_row_bytes) + " bytes; accepted are positive multiples of 16 below 2 GiB.");
+    require(num_tokens >= 0 && num_tokens <= kMaxTokens,
+            where + "num_tokens is " + std::to_string(num_tokens) + "; accepted are 0 to " + std::to_string(kMaxTokens) + ".");
+    require(num_topk >= 0 && num_topk <= kMaxTopk,
+            where + "num_topk is " + std::to_string(num_topk) + "; accepted are 0 to " + std::to_string(kMaxTopk) + ".");
+}
+
+}  // namespace
+
+int64_t Runtime::window_bytes(int num_ranks, int max_local_experts, int64_t num_staging_bytes) {
+    require(num_ranks >= 1 && num_ranks <= kMaxRanks,
+            "num_ranks is " + std::to_string(num_ranks) + "; one NVLink domain takes 1 to " + std::to_string(kMaxRanks) + " ranks.");
+    require(max_local_experts >= 1 && max_local_experts <= (1 << 20),
+            "max_local_experts is " + std::to_string(max_local_experts) + "; accepted are 1 to " + std::to_string(1 << 20) + ".");
+    require(num_staging_bytes >= num_ranks * 2 * kNumSlotBytes,
+            "num_staging_bytes is " + std::to_string(num_staging_bytes) + "; " + std::to_string(num_ranks) + " ranks need at least " +
+                std::to_string(num_ranks * 2 * kNumSlotBytes) + ".");
+    return NormalWindow::of(num_ranks, max_local_experts, num_staging_bytes).num_bytes();
+}
+
+Runtime::Runtime(const RuntimeConfig& config) : config_(config), domain_{} {
+    const int64_t num_window_bytes = window_bytes(config.num_ranks, config.max_local_experts, config.num_staging_bytes);
+    require(config.rank >= 0 && config.rank < config.num_ranks, "rank is " + std::to_string(config.rank) + " of " + std::to_string(config.num_ranks) + ".");
+    require(static_cast<int>(config.arena_ptrs.size()) == config.num_ranks,
+            "arena_ptrs has " + std::to_string(config.arena_ptrs.size()) + " entries for " + std::to_string(config.num_ranks) + " ranks.");
+    require(config.num_arena_bytes >= num_window_bytes, "an arena of " + std::to_string(config.num_arena_bytes) + " bytes cannot hold the window of " +
+                                                            std::to_string(num_window_bytes) + " bytes.");
+    const DeviceGuard guard(config.device);
+    int major = 0;
+    check_runtime(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, config.device), "asking for the compute capability");
+    check_runtime(cudaDeviceGetAttribute(&num_device_sms_, cudaDevAttrMultiProcessorCount, config.device), "asking for the SM count");
+    has_bulk_ = major >= 9 && is_sm90_compiled();
+
+    domain_.rank = config.rank;
+    domain_.num_ranks = config.num_ranks;
+    for (int rank = 0; rank < config.num_ranks; ++rank) {
+        require(config.arena_ptrs[rank] != 0 && config.arena_ptrs[rank] % 256 == 0, "the arena of rank " + std::to_string(rank) + " is not aligned to 256 bytes.");
+        domain_.arenas[rank] = reinterpret_cast<uint8_t*>(config.arena_ptrs[rank]);
+    }
+    domain_.num_arena_bytes = config.num_arena_bytes;
+    domain_.window = NormalWindow::of(config.num_ranks, config.max_local_experts, config.num_staging_bytes);
+
+    // Kernels are loaded now: lazy loading later could wait for a kernel that waits for us.
+    check_runtime(prepare_layout(), "loading the layout kernel");
+    check_runtime(prepare_notify(), "loading the notify kernel");
+    check_runtime(prepare_dispatch(has_bulk_), "loading the dispatch kernel");
+    check_runtime(prepare_combine(has_bulk_), "loading the combine kernel");
+
+    void* page = nullptr;
+    const size_t num_page_bytes = sizeof(HostControl) + sizeof(int32_t) * static_cast<size_t>(config.max_local_experts);
+    check_runtime(cudaHostAlloc(&page, num_page_bytes, cudaHostAllocPortable | cudaHostAllocMapped), "allocating the pinned status page");
+    std::memset(page, 0, num_page_bytes);
+    domain_.host = static_cast<HostControl*>(page);
+    domain_.host_experts = reinterpret_cast<int32_t*>(domain_.host + 1);
+    domain_.host->timeout_ns = kDefaultTimeoutNs;
+    try {
+        check_runtime(cudaMemset(domain_.arenas[config.rank], 0, static_cast<size_t>(domain_.window.num_signal_bytes())), "clearing the window");
+        check_runtime(cudaDeviceSynchronize(), "clearing the window");
+    } catch (...) {
+        close();
+        throw;
+    }
+}
+
+Runtime::~Runtime() { close(); }
+
+void Runtime::close() noexcept {
+    if (domain_.host == nullptr) return;
+    static_cast<void>(cudaFreeHost(domain_.host));
+    domain_.host = nullptr;
+}
+
+void Runtime::require_open() const { require(domain_.host != nullptr, "this runtime has been closed."); }
+
+int Runtime::num_local_experts(int num_experts) const {
+    require(num_experts > 0 && num_experts % config_.num_ranks == 0,
+            "num_experts is " + std::to_string(num_experts) + "; it must be a positive multiple of the " + std::to_string(config_.num_ranks) + " ranks.");
+    const int num_local = num_experts / config_.num_ranks;
+    require(num_local <= config_.max_local_experts, "num_experts is " + std::to_string(num_experts) + ", so each rank holds " + std::to_string(num_local) +
+                                                        "; this buffer was built for at most " + std::to_string(config_.max_local_experts) + " per rank.");
+    return num_local;
+}
+
+void Runtime::set_arena_bytes(int64_t num_bytes) {
+    require(num_bytes >= domain_.num_arena_bytes, "an arena of " + std::to_string(domain_.num_arena_bytes) + " bytes cannot shrink to " + std::to_string(num_bytes) + ".");
+    domain_.num_arena_bytes = num_bytes;
+}
+
+bool Runtime::is_symmetric(uint64_t address, int64_t num_bytes) const {
+    const uint64_t base = reinterpret_cast<uint64_t>(domain_.arenas[config_.rank]);
+    return address >= base && extent_fits(static_cast<int64_t>(address - base), num_bytes, 1, domain_.window.num_bytes(), domain_.num_arena_bytes);
+}
+
+void Runtime::set_timeout_ns(uint64_t timeout_ns) {
+    require_open();
+    *const_cast<volatile uint64_t*>(&domain_.host->timeout_ns) = timeout_ns;
+}
+void Runtime::abort() {
+    require_open();
+    *const_cast<volatile uint32_t*>(&domain_.host->is_aborted) = 1;
+}
+void Runtime::clear_abort() {
+    require_open();
+    *const_cast<volatile uint32_t*>(&domain_.host->is_aborted) = 0;
+}
+
+std::optional<ErrorRecord> Runtime::error() const {
+    require_open();
+    if (read_shared(domain_.host->error.generation) != read_shared(domain_.host->error_generation) + 1) return std::nullopt;
+    std::atomic_thread_fence(std::memory_order_acquire);  // pairs with the device's release of `generation`
+    return domain_.host->error;
+}
+
+void Runtime::clear_error() {
+    require_open();
+    if (error()) *const_cast<volatile uint32_t*>(&domain_.host->error_generation) = domain_.host->error_generation + 1;
+}
+
+void Runtime::reset(cudaStream_t stream) {
+    require_open();
+    const DeviceGuard guard(config_.device);
+    check_runtime(cudaMemsetAsync(domain_.arenas[config_.rank], 0, static_cast<size_t>(domain_.window.num_signal_bytes()), stream), "resetting the window");
+    check_runtime(cudaStreamSynchronize(stream), "resetting the window");
+    clear_error();
+    clear_abort();
+}
+
+void Runtime::layout(LayoutArgs args, cudaStream_t stream) {
+    require_open();
+    require_rows("layout", 16, args.num_tokens, args.num_topk);
+    num_local_experts(args.num_experts);
+    args.domain = domain_;
+    const DeviceGuard guard(config_.device);
+    check_runtime(launch_layout(args, stream), "launching layout");
+}
+
+void Runtime::notify(NotifyArgs args, cudaStream_t stream) {
+    require_open();
+    require_rows("notify", 16, args.num_tokens, 0);
+    require(args.expert_alignment >= 1, "notify: expert_alignment is " + std::to_string(args.expert_alignment) + "; accepted are 1 and more.");
+    if (args.status == kStatusValid)
+        num_local_experts(args.num_experts);
+    else
+        args.num_experts = 0;  // a refused call may carry any number; peers see the status first
+    args.domain = domain_;
+    const DeviceGuard guard(config_.device);
+    check_runtime(launch_notify(args, stream), "launching notify");
+    num_dispatch_experts_ = args.num_experts;
+}
+
+std::optional<Counts> Runtime::wait_counts(uint32_t ticket, double timeout_s) const {
+    require_open();
+    require(ticket != 0, "wait_counts: ticket 0 stands for no publication; use another number.");
+    const CountsRecord& record = domain_.host->counts;
+    const auto deadline = std::chrono::steady_clock::now() + std::chrono::duration<double>(timeout_s);
+    for (uint64_t poll = 1; read_shared(record.ticket) != ticket; ++poll) {
+        if (poll % 4096 != 0) continue;
+        if (std::chrono::steady_clock::now() > deadline) return std::nullopt;
+        sched_yield();
+    }
+    std::atomic_thread_fence(std::memory_order_acquire);  // pairs with the device's release of `ticket`
+    Counts counts{};
+    counts.num_recv_tokens = record.num_recv_tokens;
+    counts.mismatch_mask = record.mismatch_mask;
+    counts.bad_count_mask = record.bad_count_mask;
+    const int num_local = num_dispatch_experts_ / config_.num_ranks;
+    counts.num_recv_tokens_per_expert.assign(domain_.host_experts, domain_.host_experts + num_local);
+    for (int rank = 0; rank < config_.num_ranks; ++rank)
+        counts.headers.emplace_back(record.headers[rank], record.headers[rank] + kNumHeaderWords);
+    return counts;
+}
+
+bool Runtime::dispatch(DispatchArgs args, int64_t num_row_bytes, int num_experts, const Tuning& tuning, cudaStream_t stream) {
+    require_open();
+    require_rows("dispatch", num_row_bytes, args.num_tokens, args.num_topk);
+    require(args.capacity >= 0 && args.capacity <= std::numeric_limits<int32_t>::max(), "dispatch: capacity is " + std::to_string(args.capacity) + " rows; accepted are 0 to 2^31 - 1.");
+    require(tuning.num_sms >= 1 && tuning.num_sms <= num_device_sms_,
+            "dispatch: num_sms is " + std::to_string(tuning.num_sms) + "; this device takes 1 to " + std::to_string(num_device_sms_) + ".");
+    require(is_aligned(args.x, 16) && is_aligned(args.recv_x, 16), "dispatch: x and recv_x must be aligned to 16 bytes.");
+    require((args.topk_idx.data == nullptr) == (args.topk_weights == nullptr) || args.num_tokens == 0, "dispatch: topk_idx and topk_weights go together.");
+    const bool has_topk = args.num_topk > 0;
+    const bool has_scales = args.num_scales > 0;
+    args.num_local_experts = has_topk ? num_local_experts(num_experts) : 0;
+    args.domain = domain_;
+
+    // An empty output may have any address, null included: nothing is written to it.
+    const auto symmetric = [&](const void* pointer, int64_t num_unit_bytes) {
+        return args.capacity == 0 || num_unit_bytes == 0 || is_symmetric(reinterpret_cast<uint64_t>(pointer), args.capacity * num_unit_bytes);
+    };
+    args.is_staged = !(symmetric(args.recv_x, num_row_bytes) && symmetric(args.recv_scales, has_scales ? args.num_scales * 4 : 0) &&
+                       symmetric(args.recv_topk_idx, has_topk ? args.num_topk * 8 : 0) &&
+                       symmetric(args.recv_topk_weights, has_topk ? args.num_topk * 4 : 0) && symmetric(args.recv_src_idx, args.has_src_idx ? 4 : 0));
+
+    constexpr int kSharedBudget = 216 * 1024, kMaxPartBytes = 16384, kMaxPushWarps = 7, kMaxStages = 8;
+    args.use_bulk = tuning.use_bulk && has_bulk_;
+    args.parts = RowParts::cut(num_row_bytes, kMaxPartBytes);
+    args.use_bulk_scales = args.use_bulk && has_scales && args.num_scales % 4 == 0 && args.num_scales * 4 <= 4096 && is_aligned(args.scales, 16) &&
+                           is_aligned(args.recv_scales, 16);
+    args.num_stage_bytes = static_cast<int>(align_up(args.parts.num_part_bytes, 128) + (args.use_bulk_scales ? align_up(args.num_scales * 4, 128) : 0));
+    if (args.use_bulk) {
+        const int num_rows = kSharedBudget / (args.num_stage_bytes + 8);
+        args.num_push_warps = tuning.num_warps > 0 ? tuning.num_warps : static_cast<int>(max_of(1, min_of(kMaxPushWarps, num_rows / 4)));
+        args.num_stages = tuning.num_stages > 0 ? tuning.num_stages : static_cast<int>(min_of(kMaxStages, num_rows / args.num_push_warps));
+        require(args.num_push_warps <= 12 && args.num_stages >= 2 && args.num_push_warps * args.num_stages <= num_rows,
+                "dispatch: " + std::to_string(args.num_push_warps) + " warps of " + std::to_string(args.num_stages) + " stages do not fit; shared memory holds " +
+                    std::to_string(num_rows) + " stages of this row size, each warp needs 2, and 12 warps are the most.");
+    } else {
+        args.num_push_warps = 12;
+        args.num_stages = 0;
+    }
+    args.num_side_warps = has_scales && !args.use_bulk_scales ? 4 : 2;
+    const DeviceGuard guard(config_.device);
+    check_runtime(launch_dispatch(args, tuning.num_sms, stream), "launching dispatch");
+    return args.is_staged;
+}
+
+bool Runtime::combine(CombineArgs args, int64_t num_row_bytes, const Tuning& tuning, cudaStream_t stream) {
+    require_open();
+    require_rows("combine", num_row_bytes, args.num_tokens, args.num_topk);
+    require(args.num_recv_tokens >= 0 && args.num_recv_tokens <= std::numeric_limits<int32_t>::max(), "combine: num_recv_tokens is " + std::to_string(args.num_recv_tokens) + ".");
+    require(tuning.num_sms >= 1 && tuning.num_sms <= num_device_sms_,
+            "combine: num_sms is " + std::to_string(tuning.num_sms) + "; this device takes 1 to " + std::to_string(num_device_sms_) + ".");
+    require(is_aligned(args.y, 16) && is_aligned(args.out, 16) && is_aligned(args.bias_0, 16) && is_aligned(args.bias_1, 16),
+            "combine: y, out and the biases must be aligned to 16 bytes.");
+    args.domain = domain_;
+    const bool has_weights = args.num_topk > 0;
+    const auto symmetric = [&](const void* pointer, int64_t num_unit_bytes) {
+        return args.num_recv_tokens == 0 || is_symmetric(reinterpret_cast<uint64_t>(pointer), args.num_recv_tokens * num_unit_bytes);
+    };
+    args.is_staged = !(symmetric(args.y, num_row_bytes) && (!has_weights || symmetric(args.topk_weights, args.num_topk * 4)));
+
+    constexpr int kSharedBudget = 216 * 1024, kMaxStages = 16;
+    args.use_bulk = tuning.use_bulk && has_bulk_;
+    args.parts = RowParts::cut(num_row_bytes, config_.num_ranks > 4 ? kNumSlotBytes / 2 : kNumSlotBytes);
+    const int num_stages = kSharedBudget / (config_.num_ranks * args.parts.num_part_bytes);
+    args.num_stages = tuning.num_stages > 0 ? tuning.num_stages : static_cast<int>(min_of(kMaxStages, num_stages));
+    require(args.num_stages <= min_of(kMaxStages, num_stages),
+            "combine: " + std::to_string(args.num_stages) + " stages do not fit; at most " + std::to_string(min_of(kMaxStages, num_stages)) + " do.");
+    const DeviceGuard guard(config_.device);
+    check_runtime(launch_combine(args, tuning.num_sms, stream), "launching combine");
+    return args.is_staged;
+}
+
+}  // namespace deepep::nvlink

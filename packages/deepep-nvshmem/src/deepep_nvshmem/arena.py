@@ -1,0 +1,129 @@
+"""The memory of one buffer that peers can reach: a window for signals and staging, and a heap for torch's tensors.
+
+The arena is backed and mapped by all peers when the buffer is built. torch's own caching allocator manages the heap
+through a ``MemPool`` over it, so tensors there behave like any other (streams, graphs, garbage collection).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from deep_ep.backend import GroupFacts
+from deep_ep.errors import BackendUnavailableError, BufferStateError, DeepEPError
+from deep_ep.rendezvous import close_descriptors, exchange_descriptors
+
+_retired: list[SymmetricArena] = []
+"""Arenas of destroyed buffers in which the user still holds tensors."""
+
+
+class SymmetricArena:
+    """This rank's arena and the mappings of its peers' arenas.
+
+    Attributes:
+        arena_ptrs: address of every rank's arena as mapped here, by rank.
+        num_bytes: size of each arena.
+    """
+
+    def __init__(
+        self, extension: Any, facts: GroupFacts, *, num_window_bytes: int, num_heap_bytes: int, timeout_s: float
+    ) -> None:
+        """Collective. Raises `BackendUnavailableError` on every rank if any rank could not reserve or map."""
+        _close_retired()
+        self._extension = extension
+        self._peers: list[Any] = []
+        self._arena: Any = None
+        self._heap: Any = None
+        self._pool: torch.cuda.MemPool | None = None
+        self._allocator: Any = None
+        channel, phase = facts.channel, "construction"
+        num_bytes = num_window_bytes + num_heap_bytes
+        refusal = ""
+        descriptor = -1
+        try:
+            self._arena = extension.Arena(device=facts.device.index, num_reserved_bytes=num_bytes)
+            descriptor = self._arena.export_fd(self._arena.grow(num_bytes))
+        except extension.NativeError as error:
+            refusal = f"rank {facts.rank} could not reserve {num_bytes >> 20} MiB of shareable GPU memory: {error}"
+        self._agree(channel, refusal, timeout_s)
+        self.num_bytes = int(self._arena.num_bytes)
+        descriptors: list[int] = []
+        try:
+            descriptors = exchange_descriptors(channel, descriptor, phase=phase, timeout_s=timeout_s)
+            self.arena_ptrs = [int(self._arena.base)] * facts.num_ranks
+            for rank, peer_descriptor in enumerate(descriptors):
+                if rank != facts.rank:
+                    peer = extension.PeerArena(device=facts.device.index, num_reserved_bytes=self.num_bytes)
+                    self._peers.append(peer)
+                    peer.map(peer_descriptor, self.num_bytes)
+                    self.arena_ptrs[rank] = int(peer.base)
+        except (extension.NativeError, DeepEPError) as error:
+            refusal = f"rank {facts.rank} could not map a peer's GPU memory: {error}"
+        finally:
+            close_descriptors(descriptors)
+            os.close(descriptor)
+        self._agree(channel, refusal, timeout_s)
+        self._num_window_bytes = num_window_bytes
+        heap_start = int(self._arena.base) + num_window_bytes
+        self._heap = extension.Heap(base=heap_start, num_bytes=self.num_bytes - num_window_bytes)
+        self._allocator = torch.cuda.memory.CUDAPluggableAllocator(
+            extension.__file__, "deepep_heap_alloc", "deepep_heap_free"
+        )
+        self._pool = torch.cuda.MemPool(self._allocator.allocator())
+
+    def _agree(self, channel: Any, refusal: str, timeout_s: float) -> None:
+        """One rank's failure is every rank's, in the same words."""
+        texts = channel.gather_texts(refusal, phase="construction", timeout_s=timeout_s)
+        failed = [text for text in texts if text]
+        if failed:
+            self._release()
+            raise BackendUnavailableError(
+                f"backend 'nvlink': {failed[0]}. Use a smaller heap (DEEPEP_SYMMETRIC_HEAP_MB)."
+            )
+
+    @property
+    def num_free_bytes(self) -> int:
+        """Bytes of the heap that torch does not hold (what it caches counts as held)."""
+        return int(self._heap.num_free_bytes)
+
+    @contextlib.contextmanager
+    def allocate_here(self) -> Iterator[None]:
+        """CUDA tensors that this thread allocates inside live in the heap; a full heap is an out-of-memory error."""
+        if self._pool is None:
+            raise BufferStateError("this buffer was destroyed, and its symmetric memory with it")
+        previous = self._extension.set_current_heap(self._heap)
+        try:
+            with torch.cuda.use_mem_pool(self._pool):
+                yield
+        finally:
+            self._extension.set_current_heap(previous)
+
+    def close(self) -> None:
+        """Unmap the peers, and release the arena as soon as no tensor lives in it. No kernel may be running on it."""
+        for peer in self._peers:
+            peer.close()
+        self._peers.clear()
+        self._pool = None  # returns what torch only caches
+        _retired.append(self)
+        _close_retired()
+
+    def _is_empty(self) -> bool:
+        return self._heap is None or self._heap.num_free_bytes == self._heap.num_bytes
+
+    def _release(self) -> None:
+        for peer in self._peers:
+            peer.close()
+        self._peers.clear()
+        if self._arena is not None:
+            self._arena.close()
+            self._arena = None
+
+
+def _close_retired() -> None:
+    for arena in [a for a in _retired if a._is_empty()]:
+        _retired.remove(arena)
+        arena._release()

@@ -1,0 +1,498 @@
+"""Normal mode over NVLink: allocates outputs, starts the kernels, waits for counts, words the errors.
+
+``T`` tokens here, ``K`` choices, ``H`` hidden, ``S`` scales, ``N`` ranks, ``E`` experts, ``R`` rows received here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+
+from deep_ep.backend import (
+    BufferOptions,
+    CombineRequest,
+    CombineResult,
+    DispatchLayout,
+    DispatchRequest,
+    DispatchResult,
+    GroupFacts,
+    NormalBackend,
+    Operation,
+)
+from deep_ep.errors import ArgumentError, BufferStateError, DeepEPError, PeersDisagreeError, PeerTimeoutError
+from deep_ep.handles import IntranodeHandle
+from deep_ep.headers import CallHeader, dtype_code, judge
+
+from .arena import SymmetricArena
+from .backend import load_extension
+
+MAX_LOCAL_EXPERTS = 1024
+NUM_STAGING_BYTES = 64 << 20
+_REFUSED = 1
+_SIZE_CLASSES_PER_DOUBLING = 8
+
+
+class NvlinkNormal(NormalBackend):
+    """One buffer's normal mode on the backend ``nvlink``."""
+
+    def __init__(self, facts: GroupFacts, options: BufferOptions) -> None:
+        self._facts = facts
+        self._timeout_s = options.timeout_s
+        self._extension = load_extension()
+        runtime_class = self._extension.Runtime
+        num_window_bytes = runtime_class.window_bytes(
+            num_ranks=facts.num_ranks, max_local_experts=MAX_LOCAL_EXPERTS, num_staging_bytes=NUM_STAGING_BYTES
+        )
+        self._arena = SymmetricArena(
+            self._extension,
+            facts,
+            num_window_bytes=num_window_bytes,
+            num_heap_bytes=options.symmetric_heap_bytes,
+            timeout_s=options.timeout_s,
+        )
+        self._runtime: Any = runtime_class(
+            rank=facts.rank,
+            num_ranks=facts.num_ranks,
+            device=facts.device.index,
+            arena_ptrs=self._arena.arena_ptrs,
+            num_arena_bytes=self._arena.num_bytes,
+            max_local_experts=MAX_LOCAL_EXPERTS,
+            num_staging_bytes=NUM_STAGING_BYTES,
+        )
+        self._runtime.set_timeout_ns(int(options.timeout_s * 1e9))
+        self._stream = torch.cuda.Stream(facts.device, priority=-1)
+        self._tickets = itertools.count(1)
+        self._num_calls = 0
+        self._placement: dict[str, str] = {}
+        self._broken = ""
+        # Peers may store to this arena as soon as they leave the constructor: it has to be zeroed everywhere first.
+        facts.channel.all_agree(True, phase="construction", timeout_s=options.timeout_s)
+
+    # --- calls ------------------------------------------------------------------------------------------------------
+
+    @property
+    def comm_stream(self) -> torch.cuda.Stream:
+        return self._stream
+
+    def layout(self, topk_idx: torch.Tensor, num_experts: int) -> DispatchLayout:
+        num_tokens, num_topk = topk_idx.shape
+        num_ranks, device = self._facts.num_ranks, topk_idx.device
+        _on_cuda(topk_idx, "get_dispatch_layout")
+        counts = torch.empty(num_ranks + num_experts, dtype=torch.int32, device=device)
+        is_token_in_rank = torch.empty((num_tokens, num_ranks), dtype=torch.bool, device=device)
+        per_rank, per_expert = counts[:num_ranks], counts[num_ranks:]
+        self._alive("get_dispatch_layout").layout(
+            topk_idx=topk_idx.data_ptr(),
+            topk_idx_bits=topk_idx.element_size() * 8,
+            num_tokens=num_tokens,
+            num_topk=num_topk,
+            num_experts=num_experts,
+            num_tokens_per_rank=per_rank.data_ptr(),
+            num_tokens_per_expert=per_expert.data_ptr(),
+            is_token_in_rank=is_token_in_rank.data_ptr(),
+            num_bad_indices=0,
+            stream=_stream(),
+        )
+        return DispatchLayout(
+            num_tokens_per_rank=per_rank,
+            num_tokens_per_rdma_rank=None,
+            num_tokens_per_expert=per_expert,
+            is_token_in_rank=is_token_in_rank,
+        )
+
+    def dispatch(self, request: DispatchRequest) -> DispatchResult:
+        if request.handle is None:
+            return self._fresh_dispatch(request)
+        _on_cuda(request.x, "dispatch")
+        runtime = self._alive("cached_dispatch")
+        handle = IntranodeHandle.from_tuple(request.handle)
+        recv_x, recv_scales = self._rows(request, handle.num_recv_tokens)
+        self._launch_dispatch(
+            runtime,
+            request,
+            num_experts=self._facts.num_ranks,
+            rank_prefix=handle.rank_prefix_matrix,
+            send_head=handle.send_head,
+            recv=(recv_x, recv_scales, None, None, None),
+            fill_unused=False,
+        )
+        self._num_calls += 1
+        num_recv = handle.num_recv_tokens
+        return DispatchResult(
+            recv_x=recv_x[:num_recv], recv_scales=recv_scales[:num_recv] if recv_scales is not None else None
+        )
+
+    def _fresh_dispatch(self, request: DispatchRequest) -> DispatchResult:
+        runtime = self._alive("dispatch")
+        try:
+            _on_cuda(request.x, "dispatch")
+        except ArgumentError as error:
+            self.refuse("dispatch", str(error))
+            raise
+        layout = request.layout
+        assert layout is not None
+        num_ranks, device = self._facts.num_ranks, request.x.device
+        num_tokens = request.x.shape[0]
+        num_experts = layout.num_tokens_per_expert.numel()
+        num_local = num_experts // num_ranks
+        if num_local > MAX_LOCAL_EXPERTS:
+            self._refuse_and_raise(f"num_experts is {num_experts}; at most {MAX_LOCAL_EXPERTS} experts per rank.")
+        # A row of zeros above the prefix sums makes "first row of each source" a view of the same memory.
+        padded_prefix = torch.zeros((num_ranks + 1, num_ranks), dtype=torch.int32, device=device)
+        rank_prefix = padded_prefix[1:]
+        send_head = torch.empty((num_tokens, num_ranks), dtype=torch.int32, device=device)
+        header = self._header("dispatch", request)
+        waits = request.num_worst_tokens == 0
+        if waits and torch.cuda.is_current_stream_capturing():
+            self._refuse_and_raise(
+                "a CUDA graph is being captured; pass num_worst_tokens, so that the host need not wait."
+            )
+        ticket = next(self._tickets) if waits else 0
+        runtime.notify(
+            fields=_fields(header),
+            num_tokens=num_tokens,
+            num_experts=num_experts,
+            expert_alignment=request.expert_alignment,
+            num_tokens_per_rank=layout.num_tokens_per_rank.data_ptr(),
+            num_tokens_per_expert=layout.num_tokens_per_expert.data_ptr(),
+            is_token_in_rank=layout.is_token_in_rank.data_ptr(),
+            rank_prefix=rank_prefix.data_ptr(),
+            send_head=send_head.data_ptr(),
+            recv_tokens_per_expert=0,
+            num_bad_indices=0,
+            ticket=ticket,
+            stream=_stream(),
+        )
+        self._num_calls += 1
+        counts = self._wait_counts(runtime, ticket, header) if waits else None
+        num_recv = counts.num_recv_tokens if counts is not None else request.num_worst_tokens
+        num_topk = request.topk_idx.shape[1] if request.topk_idx is not None else 0
+        recv_x, recv_scales = self._rows(request, num_recv)
+        recv_topk_idx = recv_topk_weights = None
+        if request.topk_idx is not None:
+            recv_topk_idx = self._allocate((num_recv, num_topk), torch.int64, device)
+            recv_topk_weights = self._allocate((num_recv, num_topk), torch.float32, device)
+        recv_src_idx = self._allocate((num_recv,), torch.int32, device)
+        self._launch_dispatch(
+            runtime,
+            request,
+            num_experts=num_experts,
+            rank_prefix=rank_prefix,
+            send_head=send_head,
+            recv=(recv_x, recv_scales, recv_topk_idx, recv_topk_weights, recv_src_idx),
+            fill_unused=not waits,
+        )
+        handle = IntranodeHandle(
+            rank_prefix_matrix=rank_prefix,
+            channel_prefix_matrix=layout.num_tokens_per_rank.view(num_ranks, 1),
+            recv_channel_prefix_matrix=padded_prefix[:-1, self._facts.rank : self._facts.rank + 1],
+            recv_src_idx=recv_src_idx[:num_recv],
+            is_token_in_rank=layout.is_token_in_rank,
+            send_head=send_head,
+        )
+        return DispatchResult(
+            recv_x=recv_x[:num_recv],
+            recv_scales=recv_scales[:num_recv] if recv_scales is not None else None,
+            recv_topk_idx=recv_topk_idx[:num_recv] if recv_topk_idx is not None else None,
+            recv_topk_weights=recv_topk_weights[:num_recv] if recv_topk_weights is not None else None,
+            num_recv_tokens_per_expert=list(counts.num_recv_tokens_per_expert) if counts is not None else [],
+            handle=handle.to_tuple(),
+        )
+
+    def _launch_dispatch(
+        self,
+        runtime: Any,
+        request: DispatchRequest,
+        *,
+        num_experts: int,
+        rank_prefix: torch.Tensor,
+        send_head: torch.Tensor,
+        recv: tuple[torch.Tensor | None, ...],
+        fill_unused: bool,
+    ) -> None:
+        x, scales, topk_idx = request.x, request.scales, request.topk_idx
+        recv_x, recv_scales, recv_topk_idx, recv_topk_weights, recv_src_idx = recv
+        assert recv_x is not None
+        how = runtime.dispatch(
+            x=x.data_ptr(),
+            num_row_bytes=x.shape[1] * x.element_size(),
+            scales=_address(scales),
+            num_scales=scales.shape[1] if scales is not None else 0,
+            scales_stride_token=scales.stride(0) if scales is not None else 0,
+            scales_stride_col=scales.stride(1) if scales is not None else 0,
+            topk_idx=_address(topk_idx),
+            topk_idx_bits=topk_idx.element_size() * 8 if topk_idx is not None else 64,
+            topk_weights=_address(request.topk_weights),
+            num_tokens=x.shape[0],
+            num_topk=topk_idx.shape[1] if topk_idx is not None else 0,
+            num_experts=num_experts,
+            rank_prefix=rank_prefix.data_ptr(),
+            send_head=send_head.data_ptr(),
+            recv_x=recv_x.data_ptr(),
+            recv_scales=_address(recv_scales),
+            recv_topk_idx=_address(recv_topk_idx),
+            recv_topk_weights=_address(recv_topk_weights),
+            recv_src_idx=_address(recv_src_idx),
+            capacity=recv_x.shape[0],
+            fill_unused=fill_unused,
+            num_sms=self._num_sms(request),
+            stream=_stream(),
+        )
+        self._placement = {"recv_x": "in place" if how == "in_place" else how}
+
+    def combine(self, request: CombineRequest) -> CombineResult:
+        _on_cuda(request.x, "combine")
+        runtime = self._alive("combine")
+        handle = IntranodeHandle.from_tuple(request.handle)
+        weights, device = request.topk_weights, request.x.device
+        num_topk = weights.shape[1] if weights is not None else 0
+        combined = torch.empty((handle.num_tokens, request.x.shape[1]), dtype=torch.bfloat16, device=device)
+        combined_weights: torch.Tensor | None = None
+        if weights is not None:
+            combined_weights = torch.empty((handle.num_tokens, num_topk), dtype=torch.float32, device=device)
+        biases = [bias.data_ptr() for bias in request.biases] + [0, 0]
+        how = runtime.combine(
+            y=request.x.data_ptr(),
+            num_recv_tokens=request.x.shape[0],
+            num_row_bytes=request.x.shape[1] * 2,
+            topk_weights=_address(weights),
+            num_topk=num_topk,
+            bias_0=biases[0],
+            bias_1=biases[1],
+            rank_prefix=handle.rank_prefix_matrix.data_ptr(),
+            send_head=handle.send_head.data_ptr(),
+            num_tokens=handle.num_tokens,
+            out=combined.data_ptr(),
+            out_topk_weights=_address(combined_weights),
+            num_sms=self._num_sms(request),
+            stream=_stream(),
+        )
+        self._num_calls += 1
+        self._placement = {"x": "pulled in place" if how == "pull" else how}
+        return CombineResult(combined_x=combined, combined_topk_weights=combined_weights)
+
+    @staticmethod
+    def _num_sms(request: DispatchRequest | CombineRequest) -> int:
+        return request.num_sms
+
+    # --- memory -----------------------------------------------------------------------------------------------------
+
+    def _rows(self, request: DispatchRequest, num_rows: int) -> tuple[torch.Tensor, torch.Tensor | None]:
+        x, scales = request.x, request.scales
+        recv_x = self._allocate((num_rows, x.shape[1]), x.dtype, x.device)
+        if scales is None:
+            return recv_x, None
+        return recv_x, self._allocate((num_rows, scales.shape[1]), scales.dtype, x.device)
+
+    def _allocate(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """At least one row, in symmetric memory if it fits, else anywhere (rows then arrive through staging).
+
+        Row counts differ from call to call. Rounding them up to a few size classes lets torch's allocator reuse blocks,
+        where exact sizes would shatter the heap.
+        """
+        rounded = (_size_class(max(shape[0], 1)), *shape[1:])
+        try:
+            with self._arena.allocate_here():
+                block = torch.empty(rounded, dtype=dtype, device=device)
+        except torch.OutOfMemoryError:
+            block = torch.empty(rounded, dtype=dtype, device=device)
+        return block[: max(shape[0], 1)]
+
+    @contextlib.contextmanager
+    def symmetric_memory(self) -> Iterator[None]:
+        self._alive("symmetric_memory")
+        with self._arena.allocate_here():
+            yield
+
+    def placement(self) -> Mapping[str, str]:
+        return dict(self._placement)
+
+    def local_tensor(self, num_bytes: int) -> torch.Tensor:
+        return torch.zeros(num_bytes, dtype=torch.uint8, device=self._facts.device)
+
+    # --- faults -----------------------------------------------------------------------------------------------------
+
+    def _alive(self, call: str) -> Any:
+        """The runtime, after raising what an earlier call's kernels reported."""
+        if self._runtime is None:
+            raise BufferStateError(f"{call}: this buffer was destroyed. Build a new one.")
+        if self._broken:
+            raise BufferStateError(f"{call}: this buffer failed before ({self._broken}). Call reset() on every rank.")
+        record = self._runtime.error()
+        if record is not None:
+            raise self._failure(record)
+        return self._runtime
+
+    def _failure(self, record: Any) -> DeepEPError:
+        """The exception for what a kernel reported; the buffer is unusable until `reset`."""
+        elapsed_s = record.elapsed_ns / 1e9
+        where = f"{record.op}: rank {record.rank}"
+        what = (
+            f"{record.phase}, epoch {record.epoch}: saw {record.seen}, expected {record.expected} after "
+            f"{elapsed_s:.3f} s"
+        )
+        error: DeepEPError
+        if record.kind == "timeout":
+            error = PeerTimeoutError(
+                f"{where} waited {elapsed_s:.1f} s for rank {record.peer} ({what}). Either rank {record.peer} is late "
+                "(raise the deadline: DEEPEP_TIMEOUT_S), or it made no such call, or it is gone.",
+                ranks=[record.peer],
+                phase=record.phase,
+                waited_s=elapsed_s,
+            )
+        elif record.kind == "overflow":
+            error = ArgumentError(
+                f"{where}: more rows came from rank {record.peer} than the output holds ({what}). "
+                "Pass a larger num_worst_tokens."
+            )
+        elif record.kind == "aborted":
+            error = BufferStateError(f"{where}: aborted while it waited for rank {record.peer} ({what}).")
+        else:
+            error = PeersDisagreeError(
+                f"{where} and rank {record.peer} disagree: {record.kind} ({what}).",
+                ranks=[record.peer],
+                phase=record.phase,
+            )
+        self._broken = str(error)
+        return error
+
+    def _wait_counts(self, runtime: Any, ticket: int, header: CallHeader) -> Any:
+        # The kernel has its own deadline and reports who is missing; the host waits a little longer to hear it.
+        counts = runtime.wait_counts(ticket, self._timeout_s * 1.25 + 5)
+        record = runtime.error()
+        if counts is not None and (counts.mismatch_mask or counts.bad_count_mask):
+            runtime.clear_error()
+            self._explain(header)
+        if counts is None or record is not None:
+            if record is None:
+                self._broken = "no counts came"
+                raise PeerTimeoutError(
+                    f"dispatch: rank {self._facts.rank} heard nothing of its own kernel within the deadline. "
+                    "The GPU may be "
+                    "busy with other work for longer than that; raise DEEPEP_TIMEOUT_S.",
+                    phase="counts",
+                    waited_s=self._timeout_s,
+                )
+            raise self._failure(record)
+        return counts
+
+    def _explain(self, header: CallHeader) -> None:
+        """Some header differs, and every rank has seen that: exchange them in full, and raise what they call for."""
+        records = self._facts.channel.all_gather(header.pack(), phase=header.operation, timeout_s=self._timeout_s)
+        judge([CallHeader.unpack(record) for record in records])
+        raise PeersDisagreeError(
+            f"{header.operation}: ranks sent different headers or impossible counts, yet their arguments agree. "
+            "num_tokens_per_rank or is_token_in_rank do not belong to this x.",
+            phase=header.operation,
+        )
+
+    def _refuse_and_raise(self, reason: str) -> None:
+        self.refuse("dispatch", reason)
+        raise ArgumentError(f"dispatch: {reason}")
+
+    def refuse(self, operation: Operation, reason: str) -> None:
+        if operation != "dispatch" or self._runtime is None or self._broken:
+            return
+        header = CallHeader(operation="dispatch", sequence=self._num_calls, refusal=reason)
+        with torch.cuda.stream(self._stream):
+            ticket = next(self._tickets)
+            self._runtime.refuse(
+                fields=_fields(header),
+                num_experts=self._facts.num_ranks,
+                reason=_REFUSED,
+                ticket=ticket,
+                stream=_stream(),
+            )
+            self._num_calls += 1
+            # What the peers say to this has no place in the caller's own error.
+            with contextlib.suppress(DeepEPError):
+                self._wait_counts(self._runtime, ticket, header)
+
+    def _header(self, operation: str, request: DispatchRequest) -> CallHeader:
+        assert request.layout is not None
+        scales = request.scales
+        return CallHeader(
+            operation=operation,
+            sequence=self._num_calls,
+            hidden=request.x.shape[1],
+            dtype=dtype_code(request.x.dtype),
+            num_scales=scales.shape[1] if scales is not None else 0,
+            scale_dtype=dtype_code(scales.dtype) if scales is not None else 0,
+            num_experts=request.layout.num_tokens_per_expert.numel(),
+            num_topk=request.topk_idx.shape[1] if request.topk_idx is not None else 0,
+            has_weights=int(request.topk_weights is not None),
+            expert_alignment=request.expert_alignment,
+            num_worst_tokens=request.num_worst_tokens,
+            num_tokens=request.x.shape[0],
+        )
+
+    def abort(self) -> None:
+        if self._runtime is not None:
+            self._runtime.abort()
+
+    def reset(self) -> None:
+        runtime, channel = self._runtime, self._facts.channel
+        if runtime is None:
+            raise BufferStateError("reset: this buffer was destroyed. Build a new one.")
+        runtime.abort()
+        self._stream.synchronize()
+        channel.all_agree(True, phase="reset", timeout_s=self._timeout_s)
+        runtime.reset(stream=self._stream.cuda_stream)
+        runtime.clear_abort()
+        runtime.clear_error()
+        self._stream.synchronize()
+        self._broken, self._num_calls = "", 0
+        channel.all_agree(True, phase="reset", timeout_s=self._timeout_s)
+
+    def destroy(self) -> None:
+        runtime, self._runtime = self._runtime, None
+        if runtime is None:
+            return
+        if self._broken:
+            runtime.abort()
+        # Kernels of this rank may still wait for peers; each such wait ends within its deadline.
+        self._stream.synchronize()
+        runtime.close()
+        self._arena.close()
+
+
+def _fields(header: CallHeader) -> list[int]:
+    """What ranks compare on the device, as non-negative 32-bit numbers."""
+    return [
+        header.sequence & 0x7FFFFFFF,
+        header.hidden,
+        header.dtype,
+        header.num_scales,
+        header.scale_dtype,
+        header.num_topk,
+        header.has_weights,
+        header.expert_alignment,
+        header.num_worst_tokens,
+    ]
+
+
+def _address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _stream() -> int:
+    return int(torch.cuda.current_stream().cuda_stream)
+
+
+def _on_cuda(tensor: torch.Tensor, call: str) -> None:
+    if not tensor.is_cuda:
+        raise ArgumentError(
+            f"{call}: tensors are on {tensor.device}; backend 'nvlink' needs CUDA tensors. Move them, or "
+            "build the buffer "
+            "with backend='reference'."
+        )
+
+
+def _size_class(num_rows: int) -> int:
+    """``num_rows`` rounded up so that there are only a few sizes per doubling."""
+    step = 1 << max(0, (num_rows - 1).bit_length() - _SIZE_CLASSES_PER_DOUBLING.bit_length())
+    return -(-num_rows // step) * step
