@@ -108,7 +108,9 @@ def main(dist: Path) -> int:
         else:
             members = sdist_members(path)
             wrong = check_sdist(package, members)
-        print(f"{path.name}: {len(members)} files, {path.stat().st_size / 1024:.0f} KiB: {'as expected' if not wrong else 'WRONG'}")
+        print(
+            f"{path.name}: {len(members)} files, {path.stat().st_size / 1024:.0f} KiB: {'as expected' if not wrong else 'WRONG'}"
+        )
         complaints += [f"{path.name} {complaint}" for complaint in wrong]
     print(*complaints, sep="\n", file=sys.stderr)
     return 1 if complaints else 0

@@ -245,7 +245,7 @@ bool Runtime::dispatch(DispatchArgs args, int64_t num_row_bytes, int num_experts
     args.use_bulk = tuning.use_bulk && has_bulk_;
     args.parts = RowParts::cut(num_row_bytes, kMaxPartBytes);
     args.use_bulk_scales = args.use_bulk && has_scales && args.num_scales % 4 == 0 && args.num_scales * 4 <= 4096 && is_aligned(args.scales, 16) &&
-                           is_aligned(args.recv_scales, 16);
+                           is_aligned(args.recv_scales, 16) && is_aligned(args.recv_x, 16);
     args.num_stage_bytes = static_cast<int>(align_up(args.parts.num_part_bytes, 128) + (args.use_bulk_scales ? align_up(args.num_scales * 4, 128) : 0));
     if (args.use_bulk) {
         const int num_rows = kSharedBudget / (args.num_stage_bytes + 8);

@@ -230,7 +230,7 @@ __global__ void __launch_bounds__(kNumThreads, 1) pull_and_sum_kernel(const __gr
         ptx::fence_mbarrier_init();  // the handshake's barriers follow
     }
 #endif
-    const bool has_weights = args.out_topk_weights != nullptr;
+    const bool has_weights = args.num_topk > 0;
     const GrantSizes sizes{args.parts.num_row_bytes, 0, 0, has_weights ? args.num_topk * 4 : 0, 0};
     const OwnGrant own{kKindDirect, args.num_recv_tokens, offset_in_arena(domain, args.y), 0, 0, offset_in_arena(domain, args.topk_weights), 0};
     exchange_grants(domain, context, shared.handshake, sizes, own);

@@ -161,10 +161,9 @@ __device__ void push_side_data(const DispatchArgs& args, Shared& shared, int war
     const int lane = threadIdx.x % 32;
     int32_t* tokens = shared.side_tokens[warp];
     int32_t* rows = shared.side_rows[warp];
-    const bool has_topk = args.topk_idx.data != nullptr;
-    const bool has_scales = args.scales != nullptr && !args.use_bulk_scales;
-    const bool has_src_idx = args.recv_src_idx != nullptr;
-    if (!has_topk && !has_scales && !has_src_idx) return;
+    const bool has_topk = args.num_topk > 0;
+    const bool has_scales = args.num_scales > 0 && !args.use_bulk_scales;
+    if (!has_topk && !has_scales && !args.has_src_idx) return;
     const int64_t num_groups = ceil_div(args.num_tokens, 32) * domain.num_ranks;
     for (int64_t group = static_cast<int64_t>(blockIdx.x) + static_cast<int64_t>(gridDim.x) * warp; group < num_groups;
          group += static_cast<int64_t>(gridDim.x) * num_warps) {
@@ -178,7 +177,7 @@ __device__ void push_side_data(const DispatchArgs& args, Shared& shared, int war
         __syncwarp();  // the lists of the group before have been read
         if (goes) {
             const int place = __popc(mask & ((1u << lane) - 1));
-            tokens[place] = static_cast<int32_t>(token - (token - lane));
+            tokens[place] = lane;
             rows[place] = row;
         }
         __syncwarp();
@@ -195,7 +194,7 @@ __device__ void push_side_data(const DispatchArgs& args, Shared& shared, int war
                 recv_weights[to] = expert < 0 ? 0.0f : args.topk_weights[from];
             }
         }
-        if (has_src_idx && lane < num_rows)
+        if (args.has_src_idx && lane < num_rows)
             reinterpret_cast<int32_t*>(grant.src_idx)[rows[lane]] = static_cast<int32_t>(first_token + tokens[lane]);
         if (has_scales) {
             uint32_t* recv_scales = reinterpret_cast<uint32_t*>(grant.scales);
@@ -216,12 +215,12 @@ __device__ void fill_unused_rows(const DispatchArgs& args) {
     const int64_t begin = num_received * args.num_topk, end = args.capacity * args.num_topk;
     const int64_t thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
     const int64_t num_threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
-    if (args.recv_topk_idx != nullptr)
+    if (args.num_topk > 0)
         for (int64_t i = begin + thread; i < end; i += num_threads) {
             args.recv_topk_idx[i] = -1;
             args.recv_topk_weights[i] = 0.0f;
         }
-    if (args.recv_src_idx != nullptr)
+    if (args.has_src_idx)
         for (int64_t row = num_received + thread; row < args.capacity; row += num_threads) args.recv_src_idx[row] = -1;
 }
 
@@ -268,9 +267,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) push_rows_kernel(const __grid_
     const Domain& domain = args.domain;
     DeviceState* state = domain.state();
     const WaitContext context{domain.host, state, Op::kDispatch, domain.rank, ptx::load_relaxed_gpu(&state->epochs[kOp]) + 1};
-    const bool has_topk = args.topk_idx.data != nullptr;
-    const GrantSizes sizes{args.parts.num_row_bytes, args.scales != nullptr ? args.num_scales * 4 : 0, has_topk ? args.num_topk * 8 : 0,
-                           has_topk ? args.num_topk * 4 : 0, args.recv_src_idx != nullptr ? 4 : 0};
+    const GrantSizes sizes{args.parts.num_row_bytes, args.num_scales * 4, args.num_topk * 8, args.num_topk * 4, args.has_src_idx ? 4 : 0};
     const OwnGrant own{args.is_staged ? kKindStaged : kKindDirect,
                        args.capacity,
                        offset_in_arena(domain, args.recv_x),

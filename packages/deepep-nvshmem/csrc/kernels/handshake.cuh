@@ -33,7 +33,7 @@ __device__ __forceinline__ uint8_t* granted(const Domain& domain, int peer, cons
     const int64_t offset = join_halves(words[word], words[word + 1]);
     if (num_unit_bytes == 0) return nullptr;
     *is_good = *is_good && offset % 4 == 0 &&
-               extent_fits(offset, num_rows, num_unit_bytes, domain.window.num_bytes(), domain.num_arena_bytes);
+               (num_rows == 0 || extent_fits(offset, num_rows, num_unit_bytes, domain.window.num_bytes(), domain.num_arena_bytes));
     return domain.arenas[peer] + offset;
 }
 

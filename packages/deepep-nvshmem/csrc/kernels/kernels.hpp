@@ -71,14 +71,15 @@ struct DispatchArgs {
     Domain domain;
     // what this rank sends
     const uint8_t* x;        // [T, row bytes]
-    const uint32_t* scales;  // [T, S] with strides, or null
-    int num_scales;
+    const uint32_t* scales;  // [T, S] with strides
+    int num_scales;          // 0: no scales
     int64_t scales_stride_token;  // in elements
     int64_t scales_stride_col;
-    IndexArray topk_idx;  // [T, K], or null data
+    IndexArray topk_idx;  // [T, K]
     const float* topk_weights;
     int64_t num_tokens;
-    int num_topk;
+    int num_topk;  // 0: no top-k indices and weights
+    bool has_src_idx;
     int num_local_experts;
     const int32_t* rank_prefix;  // [N, N]
     const int32_t* send_head;    // [T, N]
@@ -105,7 +106,7 @@ struct CombineArgs {
     Domain domain;
     // what this rank owns
     const uint8_t* y;           // [R, row bytes]
-    const float* topk_weights;  // [R, K], or null
+    const float* topk_weights;  // [R, K]
     int64_t num_recv_tokens;
     bool is_staged;  // y or the weights are not in the arena
     // what this rank collects
@@ -114,9 +115,9 @@ struct CombineArgs {
     const int32_t* rank_prefix;
     const int32_t* send_head;  // [T, N]
     int64_t num_tokens;
-    int num_topk;
+    int num_topk;             // 0: no weights
     uint8_t* out;             // [T, row bytes]
-    float* out_topk_weights;  // [T, K], or null
+    float* out_topk_weights;  // [T, K]
     // how
     RowParts parts;
     bool use_bulk;

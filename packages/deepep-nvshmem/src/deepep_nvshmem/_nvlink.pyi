@@ -1,4 +1,4 @@
-"""Native side of the backend ``nvlink``; ``csrc/README.md`` describes every call. Addresses and streams are plain integers."""
+"""Native side of the backend ``nvlink``; ``csrc/README.md`` describes every call. Addresses and streams are ints."""
 
 from collections.abc import Sequence
 
@@ -141,6 +141,7 @@ class Runtime:
         num_experts: int,
         rank_prefix: int,
         send_head: int,
+        has_src_idx: bool,
         recv_x: int,
         recv_scales: int,
         recv_topk_idx: int,

@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -34,6 +34,21 @@ MAX_LOCAL_EXPERTS = 1024
 NUM_STAGING_BYTES = 64 << 20
 _REFUSED = 1
 _SIZE_CLASSES_PER_DOUBLING = 8
+
+
+class _Outputs(NamedTuple):
+    """What a dispatch writes: blocks of ``capacity`` rows, or what is left of them after `first_rows`."""
+
+    capacity: int
+    x: torch.Tensor | None
+    scales: torch.Tensor | None
+    topk_idx: torch.Tensor | None
+    topk_weights: torch.Tensor | None
+    src_idx: torch.Tensor | None
+
+    def first_rows(self, num_rows: int) -> _Outputs:
+        """The same memory, cut to ``num_rows`` rows."""
+        return _Outputs(num_rows, *(t[:num_rows] if t is not None else None for t in self[1:]))
 
 
 class NvlinkNormal(NormalBackend):
@@ -69,6 +84,7 @@ class NvlinkNormal(NormalBackend):
         self._num_calls = 0
         self._placement: dict[str, str] = {}
         self._broken = ""
+        self._last_num_recv = 0
         # Peers may store to this arena as soon as they leave the constructor: it has to be zeroed everywhere first.
         facts.channel.all_agree(True, phase="construction", timeout_s=options.timeout_s)
 
@@ -110,21 +126,19 @@ class NvlinkNormal(NormalBackend):
         _on_cuda(request.x, "dispatch")
         runtime = self._alive("cached_dispatch")
         handle = IntranodeHandle.from_tuple(request.handle)
-        recv_x, recv_scales = self._rows(request, handle.num_recv_tokens)
+        outputs = self._outputs(request, handle.num_recv_tokens, 0, with_source=False)
         self._launch_dispatch(
             runtime,
             request,
+            outputs,
             num_experts=self._facts.num_ranks,
             rank_prefix=handle.rank_prefix_matrix,
             send_head=handle.send_head,
-            recv=(recv_x, recv_scales, None, None, None),
-            fill_unused=False,
         )
         self._num_calls += 1
-        num_recv = handle.num_recv_tokens
-        return DispatchResult(
-            recv_x=recv_x[:num_recv], recv_scales=recv_scales[:num_recv] if recv_scales is not None else None
-        )
+        outputs = outputs.first_rows(handle.num_recv_tokens)
+        assert outputs.x is not None
+        return DispatchResult(recv_x=outputs.x, recv_scales=outputs.scales)
 
     def _fresh_dispatch(self, request: DispatchRequest) -> DispatchResult:
         runtime = self._alive("dispatch")
@@ -168,37 +182,41 @@ class NvlinkNormal(NormalBackend):
             stream=_stream(),
         )
         self._num_calls += 1
-        counts = self._wait_counts(runtime, ticket, header) if waits else None
-        num_recv = counts.num_recv_tokens if counts is not None else request.num_worst_tokens
         num_topk = request.topk_idx.shape[1] if request.topk_idx is not None else 0
-        recv_x, recv_scales = self._rows(request, num_recv)
-        recv_topk_idx = recv_topk_weights = None
-        if request.topk_idx is not None:
-            recv_topk_idx = self._allocate((num_recv, num_topk), torch.int64, device)
-            recv_topk_weights = self._allocate((num_recv, num_topk), torch.float32, device)
-        recv_src_idx = self._allocate((num_recv,), torch.int32, device)
+        # While the counts travel, take blocks of the size that the last call needed: it is most often right again, and
+        # from the counts to the launch the GPU idles.
+        guess = self._last_num_recv if waits else request.num_worst_tokens
+        outputs = self._outputs(request, guess, num_topk, with_source=True)
+        counts = self._wait_counts(runtime, ticket, header) if waits else None
+        num_recv = request.num_worst_tokens
+        if counts is not None:
+            self._last_num_recv = num_recv = counts.num_recv_tokens
+            if num_recv > outputs.capacity or _size_class(max(num_recv, 1)) < outputs.capacity:
+                outputs = self._outputs(request, num_recv, num_topk, with_source=True)
         self._launch_dispatch(
             runtime,
             request,
+            outputs if waits else outputs.first_rows(num_recv),
             num_experts=num_experts,
             rank_prefix=rank_prefix,
             send_head=send_head,
-            recv=(recv_x, recv_scales, recv_topk_idx, recv_topk_weights, recv_src_idx),
             fill_unused=not waits,
         )
+        outputs = outputs.first_rows(num_recv)
+        assert outputs.x is not None and outputs.src_idx is not None
         handle = IntranodeHandle(
             rank_prefix_matrix=rank_prefix,
             channel_prefix_matrix=layout.num_tokens_per_rank.view(num_ranks, 1),
             recv_channel_prefix_matrix=padded_prefix[:-1, self._facts.rank : self._facts.rank + 1],
-            recv_src_idx=recv_src_idx[:num_recv],
+            recv_src_idx=outputs.src_idx,
             is_token_in_rank=layout.is_token_in_rank,
             send_head=send_head,
         )
         return DispatchResult(
-            recv_x=recv_x[:num_recv],
-            recv_scales=recv_scales[:num_recv] if recv_scales is not None else None,
-            recv_topk_idx=recv_topk_idx[:num_recv] if recv_topk_idx is not None else None,
-            recv_topk_weights=recv_topk_weights[:num_recv] if recv_topk_weights is not None else None,
+            recv_x=outputs.x,
+            recv_scales=outputs.scales,
+            recv_topk_idx=outputs.topk_idx,
+            recv_topk_weights=outputs.topk_weights,
             num_recv_tokens_per_expert=list(counts.num_recv_tokens_per_expert) if counts is not None else [],
             handle=handle.to_tuple(),
         )
@@ -207,16 +225,14 @@ class NvlinkNormal(NormalBackend):
         self,
         runtime: Any,
         request: DispatchRequest,
+        outputs: _Outputs,
         *,
         num_experts: int,
         rank_prefix: torch.Tensor,
         send_head: torch.Tensor,
-        recv: tuple[torch.Tensor | None, ...],
-        fill_unused: bool,
+        fill_unused: bool = False,
     ) -> None:
         x, scales, topk_idx = request.x, request.scales, request.topk_idx
-        recv_x, recv_scales, recv_topk_idx, recv_topk_weights, recv_src_idx = recv
-        assert recv_x is not None
         how = runtime.dispatch(
             x=x.data_ptr(),
             num_row_bytes=x.shape[1] * x.element_size(),
@@ -232,12 +248,12 @@ class NvlinkNormal(NormalBackend):
             num_experts=num_experts,
             rank_prefix=rank_prefix.data_ptr(),
             send_head=send_head.data_ptr(),
-            recv_x=recv_x.data_ptr(),
-            recv_scales=_address(recv_scales),
-            recv_topk_idx=_address(recv_topk_idx),
-            recv_topk_weights=_address(recv_topk_weights),
-            recv_src_idx=_address(recv_src_idx),
-            capacity=recv_x.shape[0],
+            recv_x=_address(outputs.x),
+            recv_scales=_address(outputs.scales),
+            recv_topk_idx=_address(outputs.topk_idx),
+            recv_topk_weights=_address(outputs.topk_weights),
+            recv_src_idx=_address(outputs.src_idx),
+            capacity=outputs.capacity,
             fill_unused=fill_unused,
             num_sms=self._num_sms(request),
             stream=_stream(),
@@ -281,26 +297,31 @@ class NvlinkNormal(NormalBackend):
 
     # --- memory -----------------------------------------------------------------------------------------------------
 
-    def _rows(self, request: DispatchRequest, num_rows: int) -> tuple[torch.Tensor, torch.Tensor | None]:
-        x, scales = request.x, request.scales
-        recv_x = self._allocate((num_rows, x.shape[1]), x.dtype, x.device)
-        if scales is None:
-            return recv_x, None
-        return recv_x, self._allocate((num_rows, scales.shape[1]), scales.dtype, x.device)
+    def _outputs(self, request: DispatchRequest, num_rows: int, num_topk: int, *, with_source: bool) -> _Outputs:
+        """Blocks for at least ``num_rows`` rows, in symmetric memory if they fit, else anywhere.
 
-    def _allocate(self, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-        """At least one row, in symmetric memory if it fits, else anywhere (rows then arrive through staging).
-
-        Row counts differ from call to call. Rounding them up to a few size classes lets torch's allocator reuse blocks,
-        where exact sizes would shatter the heap.
+        Rows that land elsewhere come through the staging window. Row counts differ from call to call; rounding them up to
+        a few size classes lets torch's allocator reuse blocks, where exact sizes would shatter the heap.
         """
-        rounded = (_size_class(max(shape[0], 1)), *shape[1:])
+        x, scales = request.x, request.scales
+        capacity = _size_class(max(num_rows, 1))
+        shapes: list[tuple[tuple[int, ...], torch.dtype] | None] = [
+            ((capacity, x.shape[1]), x.dtype),
+            ((capacity, scales.shape[1]), scales.dtype) if scales is not None else None,
+            ((capacity, num_topk), torch.int64) if num_topk else None,
+            ((capacity, num_topk), torch.float32) if num_topk else None,
+            ((capacity,), torch.int32) if with_source else None,
+        ]
+
+        def allocate() -> list[torch.Tensor | None]:
+            return [torch.empty(s[0], dtype=s[1], device=x.device) if s is not None else None for s in shapes]
+
         try:
             with self._arena.allocate_here():
-                block = torch.empty(rounded, dtype=dtype, device=device)
+                blocks = allocate()
         except torch.OutOfMemoryError:
-            block = torch.empty(rounded, dtype=dtype, device=device)
-        return block[: max(shape[0], 1)]
+            blocks = allocate()
+        return _Outputs(capacity, *blocks)
 
     @contextlib.contextmanager
     def symmetric_memory(self) -> Iterator[None]:

@@ -110,7 +110,7 @@ def _exchange_forwarding(
     recv_counts[facts.local_rank :: facts.ranks_per_node] = forwarded_from.tolist()
     nodes, tokens = is_in_node.t().nonzero().unbind(dim=1)
     by_local_rank = dst_row.unflatten(1, (facts.num_nodes, facts.ranks_per_node))[tokens, nodes]
-    heads = torch.full((tokens.shape[0], _NVL_RANKS), -1, dtype=torch.int32, device=dst_row.device)
+    heads = torch.full((tokens.shape[0], max(_NVL_RANKS, facts.ranks_per_node)), -1, dtype=torch.int32, device=dst_row.device)
     heads[:, : facts.ranks_per_node] = by_local_rank
     received, _ = call.all_to_all(rows.pack([heads]), send_counts, recv_counts, "forwarding")
     return rows.unpack(received, like=[heads])[0]

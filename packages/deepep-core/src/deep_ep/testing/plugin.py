@@ -53,7 +53,7 @@ def rank_pool(rank_pools: RankPools) -> RankPool:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu(n=1): needs n GPUs in this machine")
-    preload("deep_ep.testing.conformance", "deepep_reference", "hypothesis")
+    preload("deep_ep.testing.conformance", "hypothesis")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

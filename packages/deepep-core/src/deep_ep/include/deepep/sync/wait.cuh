@@ -18,7 +18,7 @@ struct WaitContext {
 };
 
 // Keeps the first error of this generation for the host. `failed_epochs` then ends the waits of the operation's other blocks.
-__device__ __noinline__ void report_error(const WaitContext& context, ErrorKind kind, Phase phase, int peer, uint64_t seen,
+__device__ __noinline__ inline void report_error(const WaitContext& context, ErrorKind kind, Phase phase, int peer, uint64_t seen,
                                           uint64_t expected, uint64_t elapsed_ns) {
     const uint32_t generation = ptx::load_relaxed_sys(&context.host->error_generation) + 1;
     if (ptx::exchange_relaxed_gpu(&context.state->error_claim, generation) == generation) return;
@@ -43,7 +43,7 @@ __device__ __forceinline__ bool has_failed(const WaitContext& context) {
 }
 
 // The slow side of a wait, entered every few hundred polls: the host's page lies across PCIe and is read only here.
-__device__ __noinline__ bool wait_is_hopeless(const WaitContext& context, Phase phase, int peer, uint64_t seen, uint64_t expected,
+__device__ __noinline__ inline bool wait_is_hopeless(const WaitContext& context, Phase phase, int peer, uint64_t seen, uint64_t expected,
                                               uint64_t* start_ns) {
     if (has_failed(context)) return true;  // another wait of this operation has ended badly and has reported it
     const uint64_t now = ptx::global_timer_ns();
