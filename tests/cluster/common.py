@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.distributed as dist
@@ -35,6 +36,7 @@ class Options:
         groups: how many groups of experts (those of one rank, or in `internode.py` of one node) a token chooses from;
             0 for all.
         backend: name, or ``None`` for the library's own choice.
+        ll_reduce: where low-latency combine sums: ``"rank"`` or ``"expert"``.
         device: ``"cpu"`` or ``"cuda"``.
         pressure: rounds of the pressure test, 0 for none.
         tune: whether to measure.
@@ -48,6 +50,7 @@ class Options:
     experts: int
     groups: int
     backend: str | None
+    ll_reduce: Literal["rank", "expert"]
     device: str
     pressure: int
     tune: bool
@@ -65,10 +68,11 @@ def parse(description: str, *, tokens: int, hidden: int, topk: int, experts: int
     parser.add_argument("--hidden", type=int, default=hidden, help="hidden size")
     parser.add_argument("--topk", type=int, default=topk, help="experts of one token")
     parser.add_argument("--experts", type=int, default=experts, help="experts of the whole group")
-    parser.add_argument(
-        "--groups", type=int, default=groups, help="groups of experts that a token chooses from, 0: all"
-    )
+    parser.add_argument("--groups", type=int, default=groups, help="groups of experts a token chooses from (0: all)")
     parser.add_argument("--backend", default=None, help="a backend's name; the library chooses without it")
+    parser.add_argument(
+        "--ll-reduce", choices=("rank", "expert"), default="rank", help="where low-latency sums are made"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cuda" if on_gpu else "cpu", help="of all tensors")
     parser.add_argument("--pressure", type=int, default=0, metavar="ROUNDS", help="seeds of the pressure test")
     parser.add_argument("--no-tune", dest="tune", action="store_false", help="leave the measurements out")
@@ -125,9 +129,8 @@ class Inputs:
     def rows(self, ranks: torch.Tensor, tokens: torch.Tensor) -> torch.Tensor:
         """bf16 ``[R, H]``: the rows of these tokens of these ranks (``[R]`` each); 510 values between -16 and 16."""
         columns = torch.arange(self.hidden, device=self.device)
-        mixed = (ranks * 7_919 + tokens * 104_729 + self.seed * 1_299_709).to(self.device)[
-            :, None
-        ] + columns * 15_485_863
+        numbers = (ranks * 7_919 + tokens * 104_729 + self.seed * 1_299_709).to(self.device)
+        mixed = numbers[:, None] + columns * 15_485_863
         # A few rounds of multiply and shift, so that neighbours in any direction share no pattern.
         for factor in (668_265_263, 374_761_393):
             mixed = ((mixed ^ (mixed >> 15)) * factor) & 0x7FFF_FFFF

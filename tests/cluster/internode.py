@@ -32,6 +32,7 @@ def check(context: RankContext, options: Options) -> None:
         num_qps_per_rank=max(24, options.experts // num_ranks),
         explicitly_destroy=True,
         backend=options.backend,
+        ll_reduce=options.ll_reduce,
     )
     num_nodes = buffer.runtime.get_num_rdma_ranks()  # type: ignore[union-attr]
     report = Report(context)

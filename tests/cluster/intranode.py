@@ -1,8 +1,8 @@
 """Checks normal mode inside one node: ``python tests/cluster/intranode.py``, or the same under torchrun.
 
-Layout; dispatch, cached dispatch and combine in every way to call; then times over SM counts; with ``--pressure ROUNDS``
-also that each seed gives the same bits three times. Nothing is printed for a rank but the first; a failed check ends the
-run with the rank, the place of the first difference and exit code 1.
+Layout; dispatch, cached dispatch and combine in every way to call; then times over SM counts; with ``--pressure
+ROUNDS`` also that each seed gives the same bits three times. Only the first rank prints; a failed check ends the run
+with the rank, the place of the first difference and exit code 1.
 """
 
 from __future__ import annotations

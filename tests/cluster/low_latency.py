@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -25,7 +26,7 @@ from deep_ep.testing.formats import bf16_bits, bf16_to_float32, e4m3_tensor, pac
 from deep_ep.testing.numeric import assert_bitwise_equal, assert_within
 from deep_ep.testing.oracle import LowLatencyOracle
 
-FORMATS: dict[str, dict[str, bool]] = {
+FORMATS: dict[str, dict[str, Any]] = {
     "bf16": {"use_fp8": False},
     "fp8": {"use_fp8": True},
     "fp8, scales powers of two": {"use_fp8": True, "round_scale": True},
@@ -55,6 +56,7 @@ class LowLatencyMode:
         self.inputs = inputs
         self.rank = context.rank
         self.max_tokens = options.tokens
+        self.ll_reduce = options.ll_reduce
         self.num_local_experts = inputs.num_experts // inputs.num_ranks
         all_topk_idx = [inputs.topk_idx(rank) for rank in range(inputs.num_ranks)]
         self.oracle = LowLatencyOracle([idx.cpu().numpy() for idx in all_topk_idx], inputs.num_experts)
@@ -78,8 +80,7 @@ class LowLatencyMode:
             self.inputs.num_experts,
             async_finish=way == "async",
             return_recv_hook=way == "hook",
-            **FORMATS[name],
-            **more,
+            **{**FORMATS[name], **more},
         )
         received, count, handle, event, hook = results
         self._wait(way, event, hook)
@@ -140,7 +141,7 @@ class LowLatencyMode:
     def combined(self, name: str) -> npt.NDArray[np.float32]:
         """What this rank's tokens have to come back as, by the numerical contract: bf16 values ``[T, H]``."""
         return self.oracle.combine(
-            self.rank, self._expert_rows(name), self.topk_weights.cpu().numpy(), reduce=self.buffer._options.ll_reduce
+            self.rank, self._expert_rows(name), self.topk_weights.cpu().numpy(), reduce=self.ll_reduce
         )
 
     def _expert_rows(self, name: str) -> Callable[[int, int], npt.NDArray[np.float32]]:
@@ -163,11 +164,10 @@ class LowLatencyMode:
             f"rank {self.rank}: recv_count is {received.count.tolist()}, expected {self.oracle.num_received(self.rank)}"
         )
         if received.scales is not None:
-            assert received.scales.stride(1) == 1, (
-                f"scales have strides {received.scales.stride()}, expected 1 along rows"
-            )
+            strides = received.scales.stride()
+            assert strides[1] == 1, f"scales have strides {strides}, expected 1 along rows"
         for expert in range(self.num_local_experts):
-            taken = []
+            taken: list[int] = []
             for source, first, tokens in self._segments(expert, received.handle):
                 expected = self.oracle.tokens(self.rank, expert, source)
                 assert sorted(tokens.tolist()) == expected.tolist(), (
@@ -234,7 +234,7 @@ class LowLatencyMode:
             self.check_combined("bf16", combined, "combined_x")
 
     def digest(self) -> str:
-        """One hash over what a round of calls returns; the order of rows inside an expert is free, so it is left out."""
+        """One hash over a round of calls; the order of rows inside an expert is free, so received rows are left out."""
         digest = Digest()
         for name in self.formats:
             received = self.dispatch(name, "hook")
@@ -243,28 +243,24 @@ class LowLatencyMode:
 
     def measure(self, report: Report) -> None:
         """Times of dispatch, of combine, and of the pair."""
-        for name in [name for name in ("fp8", "bf16") if name in self.formats]:
+        time_of = partial(time_us, self.context)
+        for name, bytes_per_value in (("fp8", 1 + 4 / 128), ("bf16", 2.0)):
+            if name not in self.formats:
+                continue
             received = self.dispatch(name, "sync")
             outputs = self.outputs(name, received).nan_to_num(0.0)
+            num_values = int(received.count.sum()) * self.inputs.hidden
+            spent = time_of(partial(self.dispatch, name, "hook"))
+            print_times(
+                report, f"low-latency dispatch, {name}", {"with hook": spent}, int(num_values * bytes_per_value)
+            )
+            spent = time_of(partial(self.combine, "hook", outputs, received.handle))
+            print_times(report, "low-latency combine, bf16", {"with hook": spent}, num_values * 2)
+            spent = time_of(partial(self._there_and_back, name, outputs))
+            report.note(f"low-latency dispatch ({name}) and combine: {spent:.1f} us")
 
-            def pair(name: str = name, outputs: torch.Tensor = outputs) -> None:
-                self.combine("hook", outputs, self.dispatch(name, "hook").handle)
-
-            times = {
-                "dispatch": time_us(self.context, lambda n=name: self.dispatch(n, "hook")),  # type: ignore[misc]
-                "combine": time_us(
-                    self.context,
-                    lambda o=outputs, h=received.handle: self.combine("hook", o, h),  # type: ignore[misc]
-                ),
-                "the pair": time_us(self.context, pair),
-            }
-            for what, spent in times.items():
-                row_bytes = {"dispatch": 1 + 4 / 128 if name == "fp8" else 2.0, "combine": 2.0}.get(what)
-                if row_bytes is None:
-                    report.note(f"low-latency {name}: the pair takes {spent:.1f} us")
-                else:
-                    num_bytes = int(received.count.sum()) * self.inputs.hidden * row_bytes
-                    print_times(report, f"low-latency {what}, {name} rows in dispatch", {what: spent}, int(num_bytes))
+    def _there_and_back(self, name: str, outputs: torch.Tensor) -> None:
+        self.combine("hook", outputs, self.dispatch(name, "hook").handle)
 
 
 def low_latency_bytes(options: Options, num_ranks: int) -> int:
@@ -297,6 +293,7 @@ def check(context: RankContext, options: Options) -> None:
         num_qps_per_rank=max(1, options.experts // num_ranks),
         explicitly_destroy=True,
         backend=options.backend,
+        ll_reduce=options.ll_reduce,
     )
     report = Report(context)
     report.note(f"low latency: {num_ranks} ranks on {context.device.type}, backend {buffer.backends['low_latency']}")

@@ -7,6 +7,7 @@ wrong rank, twice, or in another order of summation shows in the bits.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -79,7 +80,7 @@ class NormalMode:
 
     def fresh(self, call: Call, **more: Any) -> tuple[Any, ...]:
         per_rank, per_node, per_expert, in_rank, _ = self.layout
-        topk = {"topk_idx": self.topk_idx, "topk_weights": self.topk_weights} if call.with_topk else {}
+        topk: dict[str, Any] = {"topk_idx": self.topk_idx, "topk_weights": self.topk_weights} if call.with_topk else {}
         return self._wait(
             call,
             self.buffer.dispatch(
@@ -151,6 +152,7 @@ class NormalMode:
             assert per_node is None, "num_tokens_per_rdma_rank has to be None on a single node"
         else:
             expected = torch.from_numpy(oracle.num_tokens_per_node(rank)).int()
+            assert per_node is not None, "num_tokens_per_rdma_rank is None although there are several nodes"
             self._equal(per_node, expected, "num_tokens_per_rdma_rank")
 
     def check_rows(self, call: Call, received: torch.Tensor | Scaled) -> None:
@@ -256,34 +258,22 @@ class NormalMode:
         return str(digest)
 
     def measure(self, report: Report) -> None:
-        """The tuning phase: dispatch and combine over SM counts, by handle, so that the host does not wait for counts."""
-        received_bytes = {"fp8": 1 + 4 / 128, "bf16": 2.0}
-        for payload in ("fp8", "bf16"):
+        """The tuning phase: dispatch and combine over SM counts, by handle, so that the host waits for no counts."""
+        buffer, time_of = self.buffer, partial(time_us, self.context)
+        configs = {f"{num_sms} SMs": Config(num_sms=num_sms) for num_sms in sm_choices(self.context)}
+        handle: tuple[Any, ...] = ()
+        for payload, bytes_per_value in (("fp8", 1 + 4 / 128), ("bf16", 2.0)):
             call = Call(payload=payload, with_topk=False, async_finish=False, with_previous_event=False)
             handle = self.fresh(call)[4]
-            rows = self.payload(payload, self.x)
-            times = {}
-            for num_sms in sm_choices(self.context):
-                config = Config(num_sms=num_sms)
-                times[f"{num_sms} SMs"] = time_us(
-                    self.context,
-                    lambda c=config: self.buffer.dispatch(rows, handle=handle, config=c),  # type: ignore[misc]
-                )
-            num_bytes = int(self.num_received * self.inputs.hidden * received_bytes[payload])
+            repeat = partial(buffer.dispatch, self.payload(payload, self.x), handle=handle)
+            times = {name: time_of(partial(repeat, config=config)) for name, config in configs.items()}
+            num_bytes = int(self.num_received * self.inputs.hidden * bytes_per_value)
             print_times(report, f"dispatch {payload}, cached", times, num_bytes)
-        outputs = self.experts(self.expected_rows, self.rank)
-        times = {}
-        for num_sms in sm_choices(self.context):
-            config = Config(num_sms=num_sms)
-            times[f"{num_sms} SMs"] = time_us(
-                self.context,
-                lambda c=config: self.buffer.combine(outputs, handle, config=c),  # type: ignore[misc]
-            )
-        print_times(report, "combine bf16", times, outputs.numel() * 2)
-        layout_us = time_us(
-            self.context, lambda: self.buffer.get_dispatch_layout(self.topk_idx, self.inputs.num_experts)
-        )
-        report.note(f"layout: {layout_us:.1f} us")
+        bring_back = partial(buffer.combine, self.experts(self.expected_rows, self.rank), handle)
+        times = {name: time_of(partial(bring_back, config=config)) for name, config in configs.items()}
+        print_times(report, "combine bf16", times, self.num_received * self.inputs.hidden * 2)
+        count = partial(buffer.get_dispatch_layout, self.topk_idx, self.inputs.num_experts)
+        report.note(f"layout: {time_of(count):.1f} us")
 
     def _equal(self, actual: torch.Tensor, expected: torch.Tensor, what: str, *, by_origin: bool = False) -> None:
         def origin(row: int) -> str:

@@ -108,9 +108,8 @@ def main(dist: Path) -> int:
         else:
             members = sdist_members(path)
             wrong = check_sdist(package, members)
-        print(
-            f"{path.name}: {len(members)} files, {path.stat().st_size / 1024:.0f} KiB: {'as expected' if not wrong else 'WRONG'}"
-        )
+        size = f"{len(members)} files, {path.stat().st_size / 1024:.0f} KiB"
+        print(f"{path.name}: {size}: {'WRONG' if wrong else 'as expected'}")
         complaints += [f"{path.name} {complaint}" for complaint in wrong]
     print(*complaints, sep="\n", file=sys.stderr)
     return 1 if complaints else 0

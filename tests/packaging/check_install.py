@@ -125,6 +125,7 @@ def check_round_trip() -> None:
         topk_idx=topk_idx,
         topk_weights=torch.ones(3, 2),
     )
+    assert isinstance(received, torch.Tensor) and handle is not None
     combined, _, _ = buffer.combine(received, handle)
     expect(counts == [1, 2], f"dispatch counted {counts} tokens per expert, expected [1, 2]")
     expect(received.shape == (2, 8), f"dispatch delivered {tuple(received.shape)}, expected (2, 8)")

@@ -169,7 +169,7 @@ void bind_runtime(py::module_& m) {
         .def("dispatch",
              [](Runtime& self, uint64_t x, int64_t num_row_bytes, uint64_t scales, int num_scales, int64_t scales_stride_token, int64_t scales_stride_col,
                 uint64_t topk_idx, int topk_idx_bits, uint64_t topk_weights, int64_t num_tokens, int num_topk, int num_experts, uint64_t rank_prefix,
-                uint64_t send_head, bool has_src_idx, uint64_t recv_x, uint64_t recv_scales, uint64_t recv_topk_idx, uint64_t recv_topk_weights,
+                uint64_t send_head, std::optional<bool> has_src_idx, uint64_t recv_x, uint64_t recv_scales, uint64_t recv_topk_idx, uint64_t recv_topk_weights,
                 uint64_t recv_src_idx, int64_t capacity, bool fill_unused, int num_sms, uint64_t stream, bool use_bulk, int num_warps, int num_stages) {
                  DispatchArgs args{};
                  args.x = pointer<uint8_t>(x);
@@ -181,7 +181,7 @@ void bind_runtime(py::module_& m) {
                  args.topk_weights = pointer<float>(topk_weights);
                  args.num_tokens = num_tokens;
                  args.num_topk = num_topk;
-                 args.has_src_idx = has_src_idx;
+                 args.has_src_idx = has_src_idx.value_or(recv_src_idx != 0 || num_topk > 0);
                  args.rank_prefix = pointer<int32_t>(rank_prefix);
                  args.send_head = pointer<int32_t>(send_head);
                  args.recv_x = pointer<uint8_t>(recv_x);
@@ -195,8 +195,8 @@ void bind_runtime(py::module_& m) {
                  return is_staged ? "staged" : "in_place";
              },
              py::kw_only(), "x"_a, "num_row_bytes"_a, "scales"_a, "num_scales"_a, "scales_stride_token"_a, "scales_stride_col"_a, "topk_idx"_a,
-             "topk_idx_bits"_a, "topk_weights"_a, "num_tokens"_a, "num_topk"_a, "num_experts"_a, "rank_prefix"_a, "send_head"_a, "has_src_idx"_a,
-             "recv_x"_a, "recv_scales"_a, "recv_topk_idx"_a, "recv_topk_weights"_a, "recv_src_idx"_a, "capacity"_a, "fill_unused"_a, "num_sms"_a,
+             "topk_idx_bits"_a, "topk_weights"_a, "num_tokens"_a, "num_topk"_a, "num_experts"_a, "rank_prefix"_a, "send_head"_a,
+             "has_src_idx"_a = py::none(), "recv_x"_a, "recv_scales"_a, "recv_topk_idx"_a, "recv_topk_weights"_a, "recv_src_idx"_a, "capacity"_a, "fill_unused"_a, "num_sms"_a,
              "stream"_a, "use_bulk"_a = true, "num_warps"_a = 0, "num_stages"_a = 0)
         .def("combine",
              [](Runtime& self, uint64_t y, int64_t num_recv_tokens, int64_t num_row_bytes, uint64_t topk_weights, int num_topk, uint64_t bias_0,

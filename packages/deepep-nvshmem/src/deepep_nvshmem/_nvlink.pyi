@@ -141,7 +141,7 @@ class Runtime:
         num_experts: int,
         rank_prefix: int,
         send_head: int,
-        has_src_idx: bool,
+        has_src_idx: bool | None = None,  # None: recv_src_idx != 0 or num_topk > 0; say it where outputs may be empty
         recv_x: int,
         recv_scales: int,
         recv_topk_idx: int,

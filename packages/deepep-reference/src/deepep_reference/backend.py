@@ -17,9 +17,11 @@ from deep_ep.backend import (
     Operation,
     RequestedModes,
 )
+from .low_latency import ReferenceLowLatency
+from .mesh import open_mesh
 from .normal import ReferenceNormal
 from .session import Session
-from .transport import open_transport
+from .transport import Transport, open_whole_group
 
 
 class ReferenceBackend(Backend):
@@ -50,7 +52,14 @@ class ReferenceBackend(Backend):
 
     @classmethod
     def open(cls, facts: GroupFacts, options: BufferOptions, modes: RequestedModes) -> Opened:
-        session = Session(facts, options, open_transport(facts, timeout_s=options.timeout_s))
+        # With ranks that may be missing, everything goes pairwise; else whole-group collectives are simpler and faster.
+        transport: Transport = (
+            open_mesh(facts, timeout_s=options.timeout_s)
+            if options.enable_shrink
+            else open_whole_group(facts, timeout_s=options.timeout_s)
+        )
+        session = Session(facts, options, transport)
         return Opened(
             normal=ReferenceNormal(session) if "normal" in modes else None,
+            low_latency=ReferenceLowLatency(session) if "low_latency" in modes else None,
         )

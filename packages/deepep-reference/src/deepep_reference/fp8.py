@@ -1,7 +1,7 @@
 """The FP8 cast of low-latency dispatch: e4m3 with one scale for each block of 128 columns.
 
 Symbols: ``T`` tokens, ``H`` hidden size, a multiple of 128. All arithmetic is float32; each operation rounds once.
-Finite inputs give bits that any processor reproduces; a block that holds NaN or infinity gives NaN there.
+Finite inputs give bits that any processor reproduces; a block that holds NaN or infinity decodes to NaN.
 """
 
 from __future__ import annotations
@@ -49,11 +49,6 @@ def pack_ue8m0(scale: torch.Tensor) -> torch.Tensor:
     """
     exponent_byte = (scale.contiguous().view(torch.int32) >> _MANTISSA_BITS).to(torch.uint8)
     return exponent_byte.view(torch.int32)
-
-
-def decode(q: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
-    """float32 ``[T, H]``: ``q`` times the scale of its block."""
-    return (q.float().unflatten(1, (-1, BLOCK)) * scale[..., None]).flatten(1)
 
 
 def _float32(value: float, device: torch.device) -> torch.Tensor:

@@ -17,6 +17,7 @@ from deep_ep.headers import CallHeader, judge
 from .transport import Step, Transport
 
 _COUNT = np.dtype("<i8")
+_TOLERANT: frozenset[Operation] = frozenset({"low_latency_dispatch", "low_latency_combine", "clean"})
 
 
 class PeerIsAheadError(DeepEPError):
@@ -33,7 +34,7 @@ class Session:
     Attributes:
         facts, options: what the buffer was opened with.
         transport: how bytes move.
-        masked: ranks left out of tolerant calls.
+        masked: ranks left out of low-latency calls.
     """
 
     def __init__(self, facts: GroupFacts, options: BufferOptions, transport: Transport) -> None:
@@ -59,21 +60,22 @@ class Session:
             self.refuse(operation, str(error))
             raise
 
-    def refuse(self, operation: Operation, reason: str, *, is_tolerant: bool = False) -> None:
+    def refuse(self, operation: Operation, reason: str) -> None:
         """Take part in the header exchange of ``operation`` to say that this rank does not make the call."""
         # What peers say, and even that they are gone, is not this call's news: its caller raises its own error.
         with contextlib.suppress(DeepEPError):
             self.check_usable(operation)
-            with self.call(operation, is_tolerant=is_tolerant, refusal=reason):
+            with self.call(operation, refusal=reason):
                 pass
 
     @contextlib.contextmanager
-    def call(self, operation: Operation, *, is_tolerant: bool = False, **fields: Any) -> Iterator[Call]:
+    def call(self, operation: Operation, **fields: Any) -> Iterator[Call]:
         """Make a collective call: exchange headers, then do inside the block what the call does.
+
+        With ``enable_shrink`` low-latency calls go on without ranks that are masked, gone or late, and mask those.
 
         Args:
             operation: which.
-            is_tolerant: with ``enable_shrink`` go on without ranks that are masked, gone or late (and mask those).
             fields: of this rank's `CallHeader`.
 
         Raises:
@@ -83,7 +85,7 @@ class Session:
         """
         self.check_usable(operation)
         with self._lock:
-            call = Call(self, operation, is_tolerant=is_tolerant and self.options.enable_shrink)
+            call = Call(self, operation, is_tolerant=self.options.enable_shrink and operation in _TOLERANT)
             with self._breaking():
                 headers = call.exchange_headers(**fields)
             judge(list(headers.values()), ranks=list(headers))

@@ -187,10 +187,9 @@ class MpiTransport(WholeGroupTransport):
         return torch.from_numpy(received).to(rows.device)
 
 
-def open_transport(facts: GroupFacts, *, timeout_s: float) -> WholeGroupTransport:
+def open_whole_group(facts: GroupFacts, *, timeout_s: float) -> WholeGroupTransport:
     """The transport for the group or communicator that the buffer was built on."""
     if facts.comm is not None:
         return MpiTransport(facts.channel, facts.comm, timeout_s)
-    if isinstance(facts.channel, GroupChannel):
-        return GroupTransport(facts.channel, timeout_s)
-    return GroupTransport(GroupChannel(facts.group), timeout_s)
+    channel = facts.channel if isinstance(facts.channel, GroupChannel) else GroupChannel(facts.group)
+    return GroupTransport(channel, timeout_s)

@@ -53,7 +53,7 @@ def select_experts(
     margin = torch.full((num_tokens,), float("inf"), dtype=biased_scores.dtype, device=biased_scores.device)
     allowed = biased_scores
     if num_selected_groups < num_groups:
-        grouped = biased_scores.view(num_tokens, num_groups, -1)
+        grouped = biased_scores.view(num_tokens, num_groups, num_experts // num_groups)
         group_scores = grouped.topk(min(2, grouped.shape[-1]), dim=-1).values.sum(-1)
         best = group_scores.topk(num_selected_groups + 1, dim=-1)
         margin = torch.minimum(margin, best.values[:, -2] - best.values[:, -1])

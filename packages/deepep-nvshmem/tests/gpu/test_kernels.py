@@ -1,0 +1,258 @@
+"""The kernels against plain tensor arithmetic, on as many GPUs as a case has ranks (or on one, with DEEPEP_TEST_ONE_GPU=1)."""
+
+from __future__ import annotations
+
+import pytest
+
+torch = pytest.importorskip("torch")
+if not torch.cuda.is_available():
+    pytest.skip("needs CUDA GPUs; none is visible", allow_module_level=True)
+world_module = pytest.importorskip("world", reason="needs the built extension (DEEPEP_BUILD_DIR)", exc_type=ImportError)
+
+from world import Case, Rank, World, allocate, combine, dispatch, layout, make_back, make_rank, notify  # noqa: E402
+
+_worlds: dict[int, World] = {}
+
+
+def world_of(num_ranks: int) -> World:
+    if torch.cuda.device_count() < num_ranks:
+        pytest.skip(f"needs {num_ranks} GPUs, found {torch.cuda.device_count()}")
+    if num_ranks not in _worlds:
+        _worlds[num_ranks] = World(num_ranks, 3 << 30)
+    _worlds[num_ranks].release()
+    return _worlds[num_ranks]
+
+
+def first_difference(name: str, rank: int, got: torch.Tensor, want: torch.Tensor) -> None:
+    assert got.shape == want.shape, f"{name} on rank {rank}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
+    got_bytes, want_bytes = got.contiguous().view(torch.uint8), want.contiguous().view(torch.uint8)
+    if not torch.equal(got_bytes, want_bytes):
+        at = (got_bytes != want_bytes).nonzero()
+        raise AssertionError(f"{name} on rank {rank}: {len(at)} bytes differ, first at {at[0].tolist()}: got {got_bytes[tuple(at[0])]}, expected {want_bytes[tuple(at[0])]}")
+
+
+def routes(case: Case, ranks: list[Rank]) -> list[torch.Tensor]:
+    """``[T, N]`` bool on the CPU: which token goes to which rank."""
+    per_rank = case.num_experts // case.num_ranks
+    result = []
+    for r in ranks:
+        idx = r.topk_idx.long().cpu()
+        good = (idx >= 0) & (idx < case.num_experts)
+        result.append(torch.stack([(good & (idx // per_rank == n)).any(dim=1) for n in range(case.num_ranks)], dim=1))
+    return result
+
+
+def check_layout(case: Case, ranks: list[Rank]) -> None:
+    for rank, (r, goes) in enumerate(zip(ranks, routes(case, ranks), strict=True)):
+        idx = r.topk_idx.long().cpu()
+        good = (idx >= 0) & (idx < case.num_experts)
+        first_difference("is_token_in_rank", rank, r.is_token_in_rank.cpu(), goes)
+        first_difference("num_tokens_per_rank", rank, r.num_tokens_per_rank.cpu(), goes.sum(0).int())
+        first_difference("num_tokens_per_expert", rank, r.num_tokens_per_expert.cpu(), torch.bincount(idx[good], minlength=case.num_experts).int())
+        assert r.bad.item() == ((idx != -1) & ~good).sum()
+
+
+def check_dispatch(case: Case, ranks: list[Rank], *, cached: bool = False) -> list[int]:
+    """Every output against gathers in source order; returns rows per rank."""
+    goes = routes(case, ranks)
+    per_rank = case.num_experts // case.num_ranks
+    counts = torch.stack([g.sum(0) for g in goes])
+    prefix = counts.cumsum(0).int()
+    for rank, r in enumerate(ranks):
+        first_difference("rank_prefix", rank, r.rank_prefix.cpu(), prefix)
+        base = prefix[rank - 1] if rank else torch.zeros_like(prefix[0])
+        head = torch.where(goes[rank], goes[rank].long().cumsum(0) - 1 + base, -1).int()
+        first_difference("send_head", rank, r.send_head.cpu(), head)
+        rows = int(prefix[-1, rank])
+        device = r.x.device
+        pick = [g[:, rank].nonzero().flatten() for g in goes]
+        gather = lambda name: torch.cat([getattr(s, name)[p.to(s.x.device)].to(device) for s, p in zip(ranks, pick, strict=True)])  # noqa: E731
+        first_difference("recv_x", rank, r.outputs["x"][:rows], gather("x"))
+        if case.num_scales:
+            first_difference("recv_scales", rank, r.outputs["scales"][:rows], gather("scales"))
+        if cached:
+            continue
+        idx = gather("topk_idx").long()
+        local = torch.where((idx >= rank * per_rank) & (idx < (rank + 1) * per_rank), idx - rank * per_rank, -1)
+        first_difference("recv_topk_idx", rank, r.outputs["topk_idx"][:rows], local)
+        first_difference("recv_topk_weights", rank, r.outputs["topk_weights"][:rows], torch.where(local < 0, 0.0, gather("topk_weights")))
+        first_difference("recv_src_idx", rank, r.outputs["src_idx"][:rows].cpu(), torch.cat(pick).int())
+        per_expert = torch.bincount(local[local >= 0].flatten().cpu(), minlength=per_rank)
+        first_difference("expert_counts", rank, r.expert_counts.cpu(), (-(-per_expert // case.alignment) * case.alignment).int())
+    return [int(n) for n in prefix[-1]]
+
+
+def check_combine(case: Case, ranks: list[Rank], backs: list, *, weights: bool = True) -> None:
+    for rank, (r, b) in enumerate(zip(ranks, backs, strict=True)):
+        device = r.x.device
+        total = torch.zeros(b.out.shape, dtype=torch.float32, device=device)
+        total_weights = torch.zeros(b.out_weights.shape, dtype=torch.float32, device=device)
+        for bias in b.biases:
+            total += bias.float()
+        for owner, o in enumerate(backs):
+            head = r.send_head[:, owner]
+            held = (head >= 0).nonzero().flatten()
+            rows = head[held].long().to(o.y.device)
+            total[held] += o.y[rows].to(device).float()
+            total_weights[held] += o.weights[rows].to(device)
+        first_difference("combined", rank, b.out, total.to(torch.bfloat16))
+        if weights:
+            first_difference("combined weights", rank, b.out_weights, total_weights)
+
+
+def run(case: Case) -> None:
+    world = world_of(case.num_ranks)
+    ranks = [make_rank(world, case, rank) for rank in range(case.num_ranks)]
+    world.sync()
+    layout(world, case, ranks)
+    world.check()
+    check_layout(case, ranks)
+    notify(world, case, ranks)
+    counts = [runtime.wait_counts(world.ticket, 5.0) for runtime in world.runtimes]
+    assert all(c is not None and c.mismatch_mask == 0 and c.bad_count_mask == 0 for c in counts), world.errors()
+    allocate(world, case, ranks, [c.num_recv_tokens for c in counts])
+    world.sync()
+    expected = "staged" if any(case.staged) else "in_place"
+    how = dispatch(world, case, ranks)
+    world.check()
+    assert case.staged or set(how) == {expected}
+    rows = check_dispatch(case, ranks)
+    for rank, c in enumerate(counts):
+        assert c.num_recv_tokens == rows[rank]
+        assert c.num_recv_tokens_per_expert == ranks[rank].expert_counts.tolist()
+    # a second, cached dispatch of other data into poisoned outputs
+    for rank, r in enumerate(ranks):
+        r.x.copy_(r.x.flip(0))
+        if r.scales is not None:
+            r.scales.copy_(r.scales.flip(0))
+        for out in r.outputs.values():
+            out.view(torch.uint8).fill_(0xEE)
+    world.sync()
+    dispatch(world, case, ranks, cached=True)
+    world.check()
+    check_dispatch(case, ranks, cached=True)
+    if case.hidden_bytes % 2:
+        return
+    backs = [make_back(world, case, rank, rows[rank]) for rank in range(case.num_ranks)]
+    world.sync()
+    combine(world, case, ranks, backs)
+    world.check()
+    check_combine(case, ranks, backs)
+    for b in backs:
+        b.out.view(torch.uint8).fill_(0xFF)
+    world.sync()
+    combine(world, case, ranks, backs, weights=False)
+    world.check()
+    check_combine(case, ranks, backs, weights=False)
+
+
+def cases() -> list[Case]:
+    found = []
+    for use_bulk in (True, False):
+        how = {"use_bulk": use_bulk}
+        found += [
+            Case(num_tokens=(100,), num_experts=8, **how),
+            Case(num_tokens=(37, 64), **how),
+            Case(num_tokens=(128, 96, 0, 33), **how),
+            Case(num_tokens=(0, 0, 0, 0), **how),
+            Case(num_tokens=(200, 50, 100, 150), routing="to_rank_0", **how),
+            Case(num_tokens=(200, 50, 100, 150), routing="some_unused", num_biases=2, **how),
+            Case(num_tokens=(64, 64, 64, 64), routing="none", num_biases=1, **how),
+            Case(num_tokens=(64, 64, 64, 64), routing="bad", **how),
+            Case(num_tokens=(65, 66, 67, 68), hidden_bytes=16 * 7, num_topk=3, num_experts=12, num_biases=1, **how),
+            Case(num_tokens=(65, 66, 67), hidden_bytes=16, num_topk=1, num_experts=3, **how),
+            Case(num_tokens=(70, 71, 72, 73), hidden_bytes=32768, num_topk=8, num_experts=64, num_sms=5, **how),
+            Case(num_tokens=(70, 71, 72, 73), hidden_bytes=16400, num_topk=8, num_experts=64, num_sms=1, **how),
+            Case(num_tokens=(300, 301, 302, 303), hidden_bytes=7168, dtype=torch.uint8, num_scales=56, num_topk=8, num_experts=256, alignment=16, num_sms=24, **how),
+            Case(num_tokens=(300, 301, 302, 303), hidden_bytes=7168, dtype=torch.uint8, num_scales=56, scales_layout="column", num_topk=8, num_experts=256, index_bits=32, **how),
+            Case(num_tokens=(90, 91, 92, 93), hidden_bytes=2048, dtype=torch.uint8, num_scales=16, scales_layout="sparse", num_topk=32, num_experts=64, **how),
+            Case(num_tokens=(90, 91, 92, 93), hidden_bytes=128, dtype=torch.uint8, num_scales=1, **how),
+            Case(num_tokens=(90, 91, 92, 93), hidden_bytes=640, dtype=torch.uint8, num_scales=5, scales_layout="column", **how),
+            Case(num_tokens=(5000, 4999, 3, 1024), hidden_bytes=512, num_topk=8, num_experts=1024, num_sms=32, **how),
+        ]
+    return found
+
+
+@pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
+def test_dispatch_and_combine_agree_with_tensor_arithmetic(case: Case) -> None:
+    run(case)
+
+
+def test_worst_case_sizes_need_no_host_and_mark_unused_rows() -> None:
+    case = Case(num_tokens=(100, 50, 0, 80), num_topk=4)
+    world = world_of(4)
+    ranks = [make_rank(world, case, rank) for rank in range(4)]
+    worst = 4 * 128
+    allocate(world, case, ranks, [worst] * 4)
+    world.sync()
+    layout(world, case, ranks)
+    notify(world, case, ranks, ticket=False)
+    dispatch(world, case, ranks, fill=True)
+    world.check()
+    rows = check_dispatch(case, ranks)
+    for rank, r in enumerate(ranks):
+        assert (r.outputs["topk_idx"][rows[rank] :] == -1).all()
+        assert (r.outputs["topk_weights"][rows[rank] :] == 0).all()
+
+
+def test_too_small_a_capacity_is_reported_and_writes_nothing_beyond_it() -> None:
+    case = Case(num_tokens=(100, 50, 60, 80), num_topk=4)
+    world = world_of(4)
+    ranks = [make_rank(world, case, rank) for rank in range(4)]
+    allocate(world, case, ranks, [40] * 4)
+    guards = [world.tensor(rank, (1 << 20,), torch.uint8, symmetric=True) for rank in range(4)]
+    world.sync()
+    layout(world, case, ranks)
+    notify(world, case, ranks, ticket=False)
+    dispatch(world, case, ranks, fill=True)
+    world.sync()
+    assert any("overflow" in text for text in world.errors())
+    assert all((guard == 0xFF).all() for guard in guards)
+    for runtime in world.runtimes:
+        runtime.clear_error()
+    run(case)
+
+
+def test_a_missing_rank_is_named_and_the_others_recover_after_reset() -> None:
+    case = Case(num_tokens=(64, 64, 64, 64))
+    world = world_of(4)
+    ranks = [make_rank(world, case, rank) for rank in range(4)]
+    allocate(world, case, ranks, [256] * 4)
+    for runtime in world.runtimes:
+        runtime.set_timeout_ns(300_000_000)
+    world.sync()
+    runtimes, streams = world.runtimes, world.streams
+    world.runtimes, world.streams = runtimes[:3], streams[:3]
+    layout(world, case, ranks[:3])
+    notify(world, case, ranks[:3])
+    assert runtimes[0].wait_counts(world.ticket, 3.0).mismatch_mask == 8
+    dispatch(world, case, ranks[:3])
+    world.sync()
+    error = runtimes[0].error()
+    assert error is not None and error.kind == "timeout" and error.op == "notify" and error.peer == 3, error
+    world.runtimes, world.streams = runtimes, streams
+    world.sync()
+    for runtime, stream in zip(world.runtimes, world.streams, strict=True):
+        runtime.set_timeout_ns(4_000_000_000)
+        runtime.reset(stream=stream.cuda_stream)
+    run(case)
+
+
+def test_a_refusing_rank_is_seen_by_all() -> None:
+    case = Case(num_tokens=(64, 64, 64, 64))
+    world = world_of(4)
+    ranks = [make_rank(world, case, rank) for rank in range(4)]
+    world.sync()
+    runtimes, streams = world.runtimes, world.streams
+    layout(world, case, ranks)
+    world.runtimes, world.streams = runtimes[:3], streams[:3]
+    notify(world, case, ranks[:3])
+    world.runtimes, world.streams = runtimes, streams
+    runtimes[3].refuse(fields=[], num_experts=0, reason=42, ticket=world.ticket, stream=streams[3].cuda_stream)
+    for rank in range(3):
+        counts = runtimes[rank].wait_counts(world.ticket, 3.0)
+        assert counts.mismatch_mask == 8 and counts.headers[3][0] == 1 and counts.headers[3][3] == 42
+    world.sync()
+    for runtime in runtimes:
+        runtime.clear_error()
+    run(case)
