@@ -122,7 +122,7 @@ class LowLatencyMode:
         if name == "bf16":
             return x.cpu()
         codes, scales = quantise_fp8(bf16_bits(x), round_scale=FORMATS[name].get("round_scale", False))
-        blocks = e4m3_tensor(codes).float().view(len(codes), -1, 128)
+        blocks = e4m3_tensor(codes).float().view(*scales.shape, 128)
         return (blocks * torch.from_numpy(scales)[:, :, None]).flatten(1).bfloat16()
 
     def factor(self, expert: int) -> float:

@@ -1,7 +1,7 @@
 """The flow of normal mode that `intranode.py` and `internode.py` share: check every way to call, measure, repeat.
 
-Experts are stand-ins: rank ``d`` multiplies what it received by ``1 + d / 8``, so that a row that comes back from the
-wrong rank, twice, or in another order of summation shows in the bits.
+Experts are stand-ins: each rank multiplies what it received by a factor of its own (`NormalMode.experts`), so that a row
+that comes back from the wrong rank, twice, or in another order of summation shows in the bits.
 """
 
 from __future__ import annotations
@@ -121,8 +121,12 @@ class NormalMode:
         return codes, rows[:, :num_scales].float().t().contiguous().t()
 
     def experts(self, rows: torch.Tensor, rank: int) -> torch.Tensor:
-        """The stand-in for the experts of ``rank``; bf16 to bf16."""
-        return rows * (1 + rank / 8)
+        """The stand-in for the experts of ``rank``; bf16 to bf16.
+
+        Of three neighbours the first is small and the others cancel: what is left of the small one depends on whether
+        it was added before they cancelled, as ascending order wants it, or after.
+        """
+        return rows * (1 + rank // 3 / 8) * (1.0, 2.0**20, -(2.0**20))[rank % 3]
 
     def combined(self, biases: tuple[torch.Tensor, ...] = ()) -> torch.Tensor:
         """What this rank's tokens have to come back as, by the numerical contract: bf16 ``[T, H]``."""

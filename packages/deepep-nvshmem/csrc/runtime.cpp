@@ -241,7 +241,7 @@ bool Runtime::dispatch(DispatchArgs args, int64_t num_row_bytes, int num_experts
                        symmetric(args.recv_topk_idx, has_topk ? args.num_topk * 8 : 0) &&
                        symmetric(args.recv_topk_weights, has_topk ? args.num_topk * 4 : 0) && symmetric(args.recv_src_idx, args.has_src_idx ? 4 : 0));
 
-    constexpr int kSharedBudget = 216 * 1024, kMaxPartBytes = 16384, kMaxPushWarps = 7, kMaxStages = 8;
+    constexpr int kSharedBudget = 216 * 1024, kMaxPartBytes = 16384, kUsualPushWarps = 7;
     args.use_bulk = tuning.use_bulk && has_bulk_;
     args.parts = RowParts::cut(num_row_bytes, kMaxPartBytes);
     args.use_bulk_scales = args.use_bulk && has_scales && args.num_scales % 4 == 0 && args.num_scales * 4 <= 4096 && is_aligned(args.scales, 16) &&
@@ -249,16 +249,16 @@ bool Runtime::dispatch(DispatchArgs args, int64_t num_row_bytes, int num_experts
     args.num_stage_bytes = static_cast<int>(align_up(args.parts.num_part_bytes, 128) + (args.use_bulk_scales ? align_up(args.num_scales * 4, 128) : 0));
     if (args.use_bulk) {
         const int num_rows = kSharedBudget / (args.num_stage_bytes + 8);
-        args.num_push_warps = tuning.num_warps > 0 ? tuning.num_warps : static_cast<int>(max_of(1, min_of(kMaxPushWarps, num_rows / 4)));
-        args.num_stages = tuning.num_stages > 0 ? tuning.num_stages : static_cast<int>(min_of(kMaxStages, num_rows / args.num_push_warps));
-        require(args.num_push_warps <= 12 && args.num_stages >= 2 && args.num_push_warps * args.num_stages <= num_rows,
+        args.num_push_warps = tuning.num_warps > 0 ? tuning.num_warps : static_cast<int>(max_of(1, min_of(kUsualPushWarps, num_rows / 4)));
+        args.num_stages = tuning.num_stages > 0 ? tuning.num_stages : static_cast<int>(min_of(kMaxPushStages, num_rows / args.num_push_warps));
+        require(args.num_push_warps <= kMaxPushWarps && args.num_stages >= 2 && args.num_stages <= kMaxPushStages && args.num_push_warps * args.num_stages <= num_rows,
                 "dispatch: " + std::to_string(args.num_push_warps) + " warps of " + std::to_string(args.num_stages) + " stages do not fit; shared memory holds " +
-                    std::to_string(num_rows) + " stages of this row size, each warp needs 2, and 12 warps are the most.");
+                    std::to_string(num_rows) + " stages of this row size, each warp takes 2 to 8, and " + std::to_string(kMaxPushWarps) + " warps are the most.");
     } else {
         args.num_push_warps = 12;
         args.num_stages = 0;
     }
-    args.num_side_warps = has_scales && !args.use_bulk_scales ? 4 : 2;
+    args.num_side_warps = has_scales && !args.use_bulk_scales ? kMaxSideWarps : 2;
     const DeviceGuard guard(config_.device);
     check_runtime(launch_dispatch(args, tuning.num_sms, stream), "launching dispatch");
     return args.is_staged;
@@ -279,13 +279,13 @@ bool Runtime::combine(CombineArgs args, int64_t num_row_bytes, const Tuning& tun
     };
     args.is_staged = !(symmetric(args.y, num_row_bytes) && (!has_weights || symmetric(args.topk_weights, args.num_topk * 4)));
 
-    constexpr int kSharedBudget = 216 * 1024, kMaxStages = 16;
+    constexpr int kSharedBudget = 216 * 1024;
     args.use_bulk = tuning.use_bulk && has_bulk_;
     args.parts = RowParts::cut(num_row_bytes, config_.num_ranks > 4 ? kNumSlotBytes / 2 : kNumSlotBytes);
     const int num_stages = kSharedBudget / (config_.num_ranks * args.parts.num_part_bytes);
-    args.num_stages = tuning.num_stages > 0 ? tuning.num_stages : static_cast<int>(min_of(kMaxStages, num_stages));
-    require(args.num_stages <= min_of(kMaxStages, num_stages),
-            "combine: " + std::to_string(args.num_stages) + " stages do not fit; at most " + std::to_string(min_of(kMaxStages, num_stages)) + " do.");
+    args.num_stages = tuning.num_stages > 0 ? tuning.num_stages : static_cast<int>(min_of(kMaxPullStages, num_stages));
+    require(args.num_stages <= min_of(kMaxPullStages, num_stages),
+            "combine: " + std::to_string(args.num_stages) + " stages do not fit; at most " + std::to_string(min_of(kMaxPullStages, num_stages)) + " do.");
     const DeviceGuard guard(config_.device);
     check_runtime(launch_combine(args, tuning.num_sms, stream), "launching combine");
     return args.is_staged;

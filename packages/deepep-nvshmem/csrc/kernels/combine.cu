@@ -19,7 +19,6 @@ constexpr int kNumSumWarps = 16;
 constexpr int kLoadWarp = kNumSumWarps;
 constexpr int kWeightsWarp = kNumSumWarps + 1;
 constexpr int kNumThreads = (kNumSumWarps + 2) * 32;
-constexpr int kMaxStages = 16;
 constexpr int kReadersPerBlock = 2;  // the row pipeline and the weights warp
 
 // What a stage holds. The load lane writes it before it arms the stage's barrier; the sum warps read it after the barrier completed.
@@ -32,9 +31,9 @@ struct StageItem {
 
 struct Shared {
     Handshake handshake;
-    StageItem items[kMaxStages];
-    uint64_t full[kMaxStages];   // the stage's rows have landed
-    uint64_t empty[kMaxStages];  // the sum warps have read them
+    StageItem items[kMaxPullStages];
+    uint64_t full[kMaxPullStages];   // the stage's rows have landed
+    uint64_t empty[kMaxPullStages];  // the sum warps have read them
     uint32_t is_last;
 };
 
@@ -46,7 +45,8 @@ struct Heads {
         Heads heads;
         const int num_ranks = args.domain.num_ranks;
 #pragma unroll
-        for (int rank = 0; rank < kMaxRanks; ++rank) heads.rows[rank] = rank < num_ranks ? args.send_head[token * num_ranks + rank] : -1;
+        for (int rank = 0; rank < kMaxRanks; ++rank)
+            heads.rows[rank] = rank < num_ranks && token < args.num_tokens ? args.send_head[token * num_ranks + rank] : -1;
         return heads;
     }
 };
@@ -66,41 +66,47 @@ __device__ void end_reading(const CombineArgs& args, const WaitContext& context)
 }
 
 #if DEEPEP_HAS_BULK
+// Token by token, all parts of one behind each other; the rows of the next token are looked up one token ahead.
 __device__ void load_rows(const CombineArgs& args, const WaitContext& context, Shared& shared, uint8_t* ring) {
     const int num_ranks = args.domain.num_ranks;
-    const int64_t num_items = args.num_tokens * args.parts.num_parts;
     ptx::fence_async_global();  // READY, acquired by this block, permits the bulk loads below
     int stage = 0;
     uint32_t parity = 1;  // a fresh barrier counts as completed for parity 1
-    for (int64_t item = blockIdx.x; item < num_items; item += gridDim.x) {
-        const int64_t token = args.parts.num_parts == 1 ? item : item / args.parts.num_parts;
-        const int part = static_cast<int>(item - token * args.parts.num_parts);
-        const int num_bytes = args.parts.num_bytes(part);
-        const Heads heads = Heads::load(args, token);  // in flight while the stage empties
+    int64_t token = blockIdx.x;
+    Heads next = Heads::load(args, token);
+    while (token < args.num_tokens) {
+        const Heads heads = next;
+        const int64_t next_token = token + gridDim.x;
+        next = Heads::load(args, next_token);
         uint32_t mask = 0;
+        const uint8_t* sources[kMaxRanks];
 #pragma unroll
         for (int rank = 0; rank < kMaxRanks; ++rank) {
             if (rank >= num_ranks || heads.rows[rank] < 0) continue;
-            if (heads.rows[rank] < shared.handshake.grants[rank].num_rows)
+            const Grant& grant = shared.handshake.grants[rank];
+            sources[rank] = grant.rows + heads.rows[rank] * args.parts.num_row_bytes;
+            if (heads.rows[rank] < grant.num_rows)
                 mask |= 1u << rank;
             else if (!shared.handshake.is_failed)
-                report_row(context, rank, heads.rows[rank], shared.handshake.grants[rank].num_rows);
+                report_row(context, rank, heads.rows[rank], grant.num_rows);
         }
-        ptx::mbarrier_wait(shared.empty + stage, parity);
-        shared.items[stage] = {token, part, mask, item + gridDim.x >= num_items};
-        ptx::mbarrier_arrive_expect(shared.full + stage, __popc(mask) * num_bytes);
-        uint8_t* rows = ring + static_cast<int64_t>(stage) * num_ranks * args.parts.num_part_bytes;
+        const int num_rows = __popc(mask);
+        for (int part = 0; part < args.parts.num_parts; ++part) {
+            const int num_bytes = args.parts.num_bytes(part);
+            const int64_t begin = args.parts.begin(part);
+            ptx::mbarrier_wait(shared.empty + stage, parity);
+            shared.items[stage] = {token, part, mask, next_token >= args.num_tokens && part == args.parts.num_parts - 1};
+            ptx::mbarrier_arrive_expect(shared.full + stage, num_rows * num_bytes);
+            uint8_t* rows = ring + stage * num_ranks * args.parts.num_part_bytes;
 #pragma unroll
-        for (int rank = 0; rank < kMaxRanks; ++rank) {
-            if (mask >> rank & 1)
-                ptx::bulk_load(rows + rank * args.parts.num_part_bytes,
-                               shared.handshake.grants[rank].rows + heads.rows[rank] * args.parts.num_row_bytes + args.parts.begin(part), num_bytes,
-                               shared.full + stage);
+            for (int rank = 0; rank < kMaxRanks; ++rank)
+                if (mask >> rank & 1) ptx::bulk_load(rows + rank * args.parts.num_part_bytes, sources[rank] + begin, num_bytes, shared.full + stage);
+            if (++stage == args.num_stages) {
+                stage = 0;
+                parity ^= 1;
+            }
         }
-        if (++stage == args.num_stages) {
-            stage = 0;
-            parity ^= 1;
-        }
+        token = next_token;
     }
 }
 
@@ -108,23 +114,33 @@ __device__ void sum_rows(const CombineArgs& args, const WaitContext& context, Sh
     const int num_ranks = args.domain.num_ranks;
     int stage = 0;
     uint32_t parity = 0;
-    bool is_last = blockIdx.x >= args.num_tokens * args.parts.num_parts;
+    bool is_last = blockIdx.x >= args.num_tokens;
     if (is_last && threadIdx.x == 0) end_reading(args, context);
     while (!is_last) {
         ptx::mbarrier_wait(shared.full + stage, parity);
         const StageItem item = shared.items[stage];
         is_last = item.is_last;
         if (is_last && threadIdx.x == 0) end_reading(args, context);
-        const uint8_t* rows = ring + static_cast<int64_t>(stage) * num_ranks * args.parts.num_part_bytes;
+        const uint8_t* rows = ring + stage * num_ranks * args.parts.num_part_bytes;
         const int64_t offset = item.token * args.parts.num_row_bytes + args.parts.begin(item.part);
         const int num_bytes = args.parts.num_bytes(item.part);
         for (int byte = threadIdx.x * 16; byte < num_bytes; byte += kNumSumWarps * 32 * 16) {
             Accumulator sum;
             if (args.bias_0 != nullptr) sum.add(*reinterpret_cast<const int4*>(args.bias_0 + offset + byte));
             if (args.bias_1 != nullptr) sum.add(*reinterpret_cast<const int4*>(args.bias_1 + offset + byte));
+            // All reads of four ranks first, then their sums: one latency of shared memory instead of four.
 #pragma unroll
-            for (int rank = 0; rank < kMaxRanks; ++rank)
-                if (item.rank_mask >> rank & 1) sum.add(*reinterpret_cast<const int4*>(rows + rank * args.parts.num_part_bytes + byte));
+            for (int group = 0; group < kMaxRanks; group += 4) {
+                if (item.rank_mask >> group == 0) break;
+                int4 vectors[4];
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+                    if (item.rank_mask >> (group + i) & 1)
+                        vectors[i] = *reinterpret_cast<const int4*>(rows + (group + i) * args.parts.num_part_bytes + byte);
+#pragma unroll
+                for (int i = 0; i < 4; ++i)
+                    if (item.rank_mask >> (group + i) & 1) sum.add(vectors[i]);
+            }
             *reinterpret_cast<int4*>(args.out + offset + byte) = sum.rounded();
         }
         __syncwarp();

@@ -1,12 +1,12 @@
 // Dispatch: every token's row goes once to each rank that holds one of its experts, straight into its final place there.
 //
-// Push warps   one lane each: a ring of shared-memory stages, filled by bulk loads from x and emptied by one bulk store per destination rank
+// Push warps   a ring of shared-memory stages, filled by bulk loads from x and emptied by one bulk store per destination rank
 //              (without bulk copies: the whole warp copies with 16-byte loads and stores).
 // Side warps   top-k indices (renumbered for the destination), weights, source token numbers, and scale rows that bulk copies cannot carry;
 //              ordinary stores, long runs of them, because rows of one source lie next to each other at the destination.
 // Before: send_head and rank_prefix hold this routing (notify, or an earlier dispatch). No store lands before the destination's READY was
-// seen; the kernel ends when all rows for this rank have arrived. Work is assigned statically and finished before anything but READY is awaited,
-// so one resident block is enough.
+// seen; the kernel ends when all rows for this rank have arrived. Rows are claimed and finished before anything but READY is awaited, so one
+// resident block is enough.
 #include "deepep/ptx/bulk.cuh"
 #include "handshake.cuh"
 
@@ -14,13 +14,14 @@ namespace deepep::nvlink {
 namespace {
 
 constexpr int kOp = static_cast<int>(Op::kDispatch);
-constexpr int kMaxThreads = 544;
+constexpr int kMaxThreads = (kMaxPushWarps + kMaxSideWarps) * 32;
 constexpr int kStageAlignment = 128;
 constexpr uint32_t kDoneGood = 1, kDoneFailed = 2;
 
 struct Shared {
     Handshake handshake;
     uint32_t is_last;
+    int64_t stage_items[kMaxPushWarps][kMaxPushStages];
     int32_t side_tokens[kMaxThreads / 32][32];
     int32_t side_rows[kMaxThreads / 32][32];
 };
@@ -48,85 +49,132 @@ struct Heads {
 };
 
 #if DEEPEP_HAS_BULK
-// One warp's share of the rows. Only lane 0 touches barriers and copies; the other lanes help where scales must be gathered.
-__device__ void push_rows_bulk(const DispatchArgs& args, const Handshake& shared, uint8_t* ring, uint64_t* barriers, int warp) {
-    const int lane = threadIdx.x % 32;
-    const int num_ranks = args.domain.num_ranks;
-    const int num_stages = args.num_stages;
-    const int64_t num_scale_bytes = args.use_bulk_scales ? args.num_scales * 4ll : 0;
-    const int64_t scales_begin = align_up(args.parts.num_part_bytes, kStageAlignment);
-    const bool gathers_scales = args.use_bulk_scales && (args.scales_stride_col != 1 || args.scales_stride_token % 4 != 0);
-    const int64_t num_items = args.num_tokens * args.parts.num_parts;
-    const int64_t first = static_cast<int64_t>(blockIdx.x) * args.num_push_warps + warp;
-    const int64_t stride = static_cast<int64_t>(gridDim.x) * args.num_push_warps;
-    const int64_t num_mine = first < num_items ? (num_items - 1 - first) / stride + 1 : 0;
-
-    if (lane == 0) {
-        for (int stage = 0; stage < num_stages; ++stage) ptx::mbarrier_init(barriers + stage, 1);
-        ptx::fence_mbarrier_init();
-        ptx::fence_async_global();  // READY, acquired by this block, permits the bulk stores below
+// One warp's ring of stages. Rows (or parts of rows) are the items: the first ones are dealt out, the others claimed from a counter, because
+// tokens differ in their number of destinations and the slowest warp would decide. Lane 0 issues every copy; the other lanes help to
+// gather scales that do not lie in rows.
+class RowPipe {
+public:
+    __device__ RowPipe(const DispatchArgs& args, Shared& shared, uint8_t* dynamic, int warp)
+        : args_(args), shared_(shared), lane_(threadIdx.x % 32), items_(shared.stage_items[warp]) {
+        const int64_t num_ring_bytes = static_cast<int64_t>(args.num_stages) * args.num_stage_bytes;
+        ring_ = dynamic + warp * num_ring_bytes;
+        barriers_ = reinterpret_cast<uint64_t*>(dynamic + args.num_push_warps * num_ring_bytes) + warp * args.num_stages;
+        num_items_ = args.num_tokens * args.parts.num_parts;
+        num_scale_bytes_ = args.use_bulk_scales ? args.num_scales * 4 : 0;
+        scales_begin_ = static_cast<int>(align_up(args.parts.num_part_bytes, kStageAlignment));
+        gathers_scales_ = args.use_bulk_scales && (args.scales_stride_col != 1 || args.scales_stride_token % 4 != 0);
+        next_item_ = static_cast<int64_t>(blockIdx.x) * args.num_push_warps + warp;
+        num_dealt_left_ = args.num_stages - 1;
     }
-    __syncwarp();
 
-    int load_stage = 0;
-    int64_t num_loaded = 0;
-    auto load = [&] {
-        const int64_t item = first + num_loaded * stride;
-        const int64_t token = args.parts.num_parts == 1 ? item : item / args.parts.num_parts;
-        const int part = static_cast<int>(item - token * args.parts.num_parts);
-        uint8_t* stage = ring + static_cast<int64_t>(load_stage) * args.num_stage_bytes;
-        const bool has_scales = num_scale_bytes > 0 && part == 0;
-        if (gathers_scales && has_scales) {
-            for (int col = lane; col < args.num_scales; col += 32)
-                reinterpret_cast<uint32_t*>(stage + scales_begin)[col] =
-                    args.scales[token * args.scales_stride_token + col * args.scales_stride_col];
-            ptx::fence_async_shared();  // these ordinary writes are read by the bulk store below
+    // Fills the ring. Needs nothing from the peers, so it runs while their READY is on its way.
+    __device__ void start() {
+        if (lane_ == 0) {
+            for (int stage = 0; stage < args_.num_stages; ++stage) ptx::mbarrier_init(barriers_ + stage, 1);
+            ptx::fence_mbarrier_init();
+        }
+        __syncwarp();
+        if (num_dealt_left_ == 1) claim();
+        for (int stage = 0; stage < args_.num_stages - 1 && next_item_ < num_items_; ++stage) load();
+    }
+
+    __device__ void run() {
+        if (lane_ == 0) ptx::fence_async_global();  // READY, acquired by this block, permits the bulk stores below
+        int stage = 0;
+        uint32_t parity = 0;
+        while (num_in_flight_ > 0) {
+            if (lane_ == 0) push(stage, parity);
+            --num_in_flight_;
+            if (next_item_ < num_items_) {
+                if (lane_ == 0) ptx::bulk_wait_read<1>();  // the stage pushed before this one is free
+                __syncwarp();
+                load();
+            }
+            if (++stage == args_.num_stages) {
+                stage = 0;
+                parity ^= 1;
+            }
+        }
+        if (lane_ == 0) ptx::bulk_wait<0>();  // all rows have landed, visibly to this thread: the block's release may vouch for them
+    }
+
+private:
+    __device__ void load() {
+        const int64_t token = args_.parts.num_parts == 1 ? next_item_ : next_item_ / args_.parts.num_parts;
+        const int part = static_cast<int>(next_item_ - token * args_.parts.num_parts);
+        uint8_t* stage = ring_ + static_cast<int64_t>(load_stage_) * args_.num_stage_bytes;
+        const bool has_scales = num_scale_bytes_ > 0 && part == 0;
+        if (gathers_scales_ && has_scales) {
+            for (int col = lane_; col < args_.num_scales; col += 32)
+                reinterpret_cast<uint32_t*>(stage + scales_begin_)[col] =
+                    args_.scales[token * args_.scales_stride_token + col * args_.scales_stride_col];
+            ptx::fence_async_shared();  // these ordinary writes are read by a bulk store
             __syncwarp();
         }
-        if (lane == 0) {
-            const int num_bytes = args.parts.num_bytes(part);
-            const int num_more = has_scales && !gathers_scales ? static_cast<int>(num_scale_bytes) : 0;
-            ptx::mbarrier_arrive_expect(barriers + load_stage, num_bytes + num_more);
-            ptx::bulk_load(stage, args.x + token * args.parts.num_row_bytes + args.parts.begin(part), num_bytes, barriers + load_stage);
+        if (lane_ == 0) {
+            const int num_bytes = args_.parts.num_bytes(part);
+            const int num_more = has_scales && !gathers_scales_ ? num_scale_bytes_ : 0;
+            items_[load_stage_] = next_item_;
+            ptx::mbarrier_arrive_expect(barriers_ + load_stage_, num_bytes + num_more);
+            ptx::bulk_load(stage, args_.x + token * args_.parts.num_row_bytes + args_.parts.begin(part), num_bytes, barriers_ + load_stage_);
             if (num_more > 0)
-                ptx::bulk_load(stage + scales_begin, args.scales + token * args.scales_stride_token, num_more, barriers + load_stage);
+                ptx::bulk_load(stage + scales_begin_, args_.scales + token * args_.scales_stride_token, num_more, barriers_ + load_stage_);
         }
-        ++num_loaded;
-        load_stage = load_stage + 1 == num_stages ? 0 : load_stage + 1;
-    };
-
-    if (!gathers_scales && lane != 0) return;
-    while (num_loaded < num_stages - 1 && num_loaded < num_mine) load();
-    int stage_index = 0;
-    uint32_t parity = 0;
-    for (int64_t k = 0; k < num_mine; ++k) {
-        if (lane == 0) {
-            const int64_t item = first + k * stride;
-            const int64_t token = args.parts.num_parts == 1 ? item : item / args.parts.num_parts;
-            const int part = static_cast<int>(item - token * args.parts.num_parts);
-            const Heads heads = Heads::load(args, shared, token);  // in flight while the row lands
-            const uint8_t* stage = ring + static_cast<int64_t>(stage_index) * args.num_stage_bytes;
-            ptx::mbarrier_wait(barriers + stage_index, parity);
-#pragma unroll
-            for (int i = 0; i < kMaxRanks; ++i) {
-                if (i >= num_ranks || heads.rows[i] < 0) continue;
-                const Grant& grant = shared.grants[dst_rank_of(args.domain, i)];
-                ptx::bulk_store(grant.rows + heads.rows[i] * args.parts.num_row_bytes + args.parts.begin(part), stage, args.parts.num_bytes(part));
-                if (num_scale_bytes > 0 && part == 0)
-                    ptx::bulk_store(grant.scales + heads.rows[i] * num_scale_bytes, stage + scales_begin, static_cast<int>(num_scale_bytes));
-            }
-            ptx::bulk_commit();
-            if (num_loaded < num_mine) ptx::bulk_wait_read<1>();  // the stage of the item before this one is free
-        }
-        if (gathers_scales) __syncwarp();
-        if (num_loaded < num_mine) load();
-        if (++stage_index == num_stages) {
-            stage_index = 0;
-            parity ^= 1;
-        }
+        ++num_in_flight_;
+        load_stage_ = load_stage_ + 1 == args_.num_stages ? 0 : load_stage_ + 1;
+        choose_next();
     }
-    if (lane == 0) ptx::bulk_wait<0>();  // all rows have landed, visibly to this thread: the block's release may vouch for them
-}
+
+    // The claim is sent one load ahead of its use, so that its way to the L2 cache and back costs nothing.
+    __device__ void choose_next() {
+        const int64_t num_warps = static_cast<int64_t>(gridDim.x) * args_.num_push_warps;
+        if (--num_dealt_left_ > 0) {
+            next_item_ += num_warps;
+            if (num_dealt_left_ == 1) claim();
+            return;
+        }
+        next_item_ = (args_.num_stages - 1) * num_warps + __shfl_sync(~0u, claimed_, 0);
+        claim();
+    }
+    __device__ void claim() {
+        if (lane_ == 0) claimed_ = ptx::add_relaxed_gpu(&args_.domain.state()->push_claims[0], 1);
+    }
+
+    __device__ void push(int stage_index, uint32_t parity) {
+        const int64_t item = items_[stage_index];
+        const int64_t token = args_.parts.num_parts == 1 ? item : item / args_.parts.num_parts;
+        const int part = static_cast<int>(item - token * args_.parts.num_parts);
+        const Heads heads = Heads::load(args_, shared_.handshake, token);  // in flight while the row lands
+        const uint8_t* stage = ring_ + static_cast<int64_t>(stage_index) * args_.num_stage_bytes;
+        const int num_bytes = args_.parts.num_bytes(part);
+        ptx::mbarrier_wait(barriers_ + stage_index, parity);
+#pragma unroll
+        for (int i = 0; i < kMaxRanks; ++i) {
+            if (i >= args_.domain.num_ranks || heads.rows[i] < 0) continue;
+            const Grant& grant = shared_.handshake.grants[dst_rank_of(args_.domain, i)];
+            ptx::bulk_store(grant.rows + heads.rows[i] * args_.parts.num_row_bytes + args_.parts.begin(part), stage, num_bytes);
+            if (num_scale_bytes_ > 0 && part == 0)
+                ptx::bulk_store(grant.scales + static_cast<int64_t>(heads.rows[i]) * num_scale_bytes_, stage + scales_begin_, num_scale_bytes_);
+        }
+        ptx::bulk_commit();
+    }
+
+    const DispatchArgs& args_;
+    Shared& shared_;
+    const int lane_;
+    int64_t* items_;  // item of each stage
+    uint8_t* ring_;
+    uint64_t* barriers_;
+    int64_t num_items_;
+    int64_t next_item_;
+    int num_dealt_left_;
+    uint32_t claimed_ = 0;
+    int num_in_flight_ = 0;
+    int load_stage_ = 0;
+    int num_scale_bytes_;
+    int scales_begin_;
+    bool gathers_scales_;
+};
 #endif
 
 // The same without bulk copies: a warp per row, several 16-byte loads in flight.
@@ -256,6 +304,7 @@ __device__ void finish(const DispatchArgs& args, const WaitContext& context, Sha
     }
     __syncthreads();
     if (threadIdx.x == 0) {
+        ptx::store_relaxed_gpu(&state->push_claims[0], 0);
         ptx::store_relaxed_gpu(&state->arrivals[kOp], 0);
         ptx::store_relaxed_gpu(&state->epochs[kOp], context.epoch);
     }
@@ -275,22 +324,22 @@ __global__ void __launch_bounds__(kMaxThreads, 1) push_rows_kernel(const __grid_
                        offset_in_arena(domain, args.recv_topk_idx),
                        offset_in_arena(domain, args.recv_topk_weights),
                        offset_in_arena(domain, args.recv_src_idx)};
+    const int warp = threadIdx.x / 32;
+    const bool is_pusher = warp < args.num_push_warps;
+#if DEEPEP_HAS_BULK
+    RowPipe pipe(args, shared, dynamic, is_pusher ? warp : 0);
+    if (args.use_bulk && is_pusher) pipe.start();
+#endif
     exchange_grants(domain, context, shared.handshake, sizes, own);
     check_capacities(args, context, shared.handshake);
-
-    const int warp = threadIdx.x / 32;
-    if (warp < args.num_push_warps) {
-#if DEEPEP_HAS_BULK
-        if (args.use_bulk) {
-            uint8_t* ring = dynamic + static_cast<int64_t>(warp) * args.num_stages * args.num_stage_bytes;
-            uint64_t* barriers =
-                reinterpret_cast<uint64_t*>(dynamic + static_cast<int64_t>(args.num_push_warps) * args.num_stages * args.num_stage_bytes);
-            push_rows_bulk(args, shared.handshake, ring, barriers + warp * args.num_stages, warp);
-        } else
-#endif
-            push_rows_plain(args, shared.handshake, warp, args.num_push_warps);
-    } else {
+    if (!is_pusher) {
         push_side_data(args, shared, warp - args.num_push_warps, args.num_side_warps);
+    } else if (!args.use_bulk) {
+        push_rows_plain(args, shared.handshake, warp, args.num_push_warps);
+#if DEEPEP_HAS_BULK
+    } else {
+        pipe.run();
+#endif
     }
     if (args.fill_unused) fill_unused_rows(args);
     finish(args, context, shared);

@@ -136,6 +136,11 @@ struct FabricArgs {
     int num_stages;
 };
 
+// Shape limits of the kernels, for the host's choice.
+constexpr int kMaxPushWarps = 14;   // of dispatch
+constexpr int kMaxPushStages = 8;   // of each
+constexpr int kMaxSideWarps = 4;
+constexpr int kMaxPullStages = 16;  // of combine
 constexpr int kMaxSharedBytes = 232448;  // what a block may have on SM90 and SM100; smaller devices use no bulk copies
 
 cudaError_t launch_layout(const LayoutArgs& args, cudaStream_t stream);

@@ -68,6 +68,12 @@ class World:
         self.streams = [torch.cuda.Stream(device=d) for d in self.devices]
         self.used = [self.window_bytes] * num_ranks
         self.ticket = 0
+        self.only: int | None = None  # launches of one rank alone, for capture
+
+    def members(self, *per_rank: list) -> list[tuple]:
+        """(runtime, stream, ...) of the ranks that launch."""
+        everyone = list(zip(self.runtimes, self.streams, *per_rank, strict=True))
+        return everyone if self.only is None else [everyone[self.only]]
 
     def release(self) -> None:
         self.used = [self.window_bytes] * self.num_ranks
@@ -165,7 +171,7 @@ def make_rank(world: World, case: Case, rank: int) -> Rank:
 
 
 def layout(world: World, case: Case, ranks: list[Rank]) -> None:
-    for runtime, stream, r in zip(world.runtimes, world.streams, ranks, strict=True):
+    for runtime, stream, r in world.members(ranks):
         runtime.layout(
             topk_idx=r.topk_idx.data_ptr(), topk_idx_bits=case.index_bits, num_tokens=r.x.shape[0], num_topk=case.num_topk, num_experts=case.num_experts,
             num_tokens_per_rank=r.num_tokens_per_rank.data_ptr(), num_tokens_per_expert=r.num_tokens_per_expert.data_ptr(),
@@ -175,7 +181,7 @@ def layout(world: World, case: Case, ranks: list[Rank]) -> None:
 
 def notify(world: World, case: Case, ranks: list[Rank], *, ticket: bool = True) -> None:
     world.ticket += 1
-    for runtime, stream, r in zip(world.runtimes, world.streams, ranks, strict=True):
+    for runtime, stream, r in world.members(ranks):
         runtime.notify(
             fields=[case.hidden_bytes, case.num_topk], num_tokens=r.x.shape[0], num_experts=case.num_experts, expert_alignment=case.alignment,
             num_tokens_per_rank=r.num_tokens_per_rank.data_ptr(), num_tokens_per_expert=r.num_tokens_per_expert.data_ptr(),
@@ -205,7 +211,7 @@ def allocate(world: World, case: Case, ranks: list[Rank], capacities: list[int])
 
 def dispatch(world: World, case: Case, ranks: list[Rank], *, cached: bool = False, fill: bool = False, **tuning: int) -> list[str]:
     how = []
-    for runtime, stream, r in zip(world.runtimes, world.streams, ranks, strict=True):
+    for runtime, stream, r in world.members(ranks):
         out = r.outputs
         how.append(runtime.dispatch(
             x=r.x.data_ptr(), num_row_bytes=case.hidden_bytes, scales=r.scales.data_ptr() if r.scales is not None else 0, num_scales=case.num_scales,
@@ -250,7 +256,7 @@ def make_back(world: World, case: Case, rank: int, num_rows: int) -> Back:
 
 def combine(world: World, case: Case, ranks: list[Rank], backs: list[Back], *, weights: bool = True, **tuning: int) -> list[str]:
     how = []
-    for runtime, stream, r, b in zip(world.runtimes, world.streams, ranks, backs, strict=True):
+    for runtime, stream, r, b in world.members(ranks, backs):
         biases = [bias.data_ptr() for bias in b.biases] + [0, 0]
         how.append(runtime.combine(
             y=b.y.data_ptr(), num_recv_tokens=b.y.shape[0], num_row_bytes=case.hidden_bytes, topk_weights=b.weights.data_ptr() if weights else 0,

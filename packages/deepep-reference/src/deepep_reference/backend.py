@@ -17,6 +17,7 @@ from deep_ep.backend import (
     Operation,
     RequestedModes,
 )
+
 from .low_latency import ReferenceLowLatency
 from .mesh import open_mesh
 from .normal import ReferenceNormal

@@ -20,9 +20,9 @@ _EXPONENT_BIAS = 127
 def cast(x: torch.Tensor, *, round_scale: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
     """Cast each block of 128 columns to e4m3.
 
-    ``amax`` is the largest magnitude of the block, at least 1e-4. The scale is ``fl(amax * fl(1 / 448))`` and the values
-    are ``saturate(fl(x * fl(448 / amax)))``. With ``round_scale`` the scale is the least power of two that is not below
-    that, ``2^e``, and the values are ``saturate(x * 2^-e)``.
+    ``amax`` is the largest magnitude of the block, at least 1e-4. The scale is ``fl(amax * fl(1 / 448))`` and the
+    values are ``saturate(fl(x * fl(448 / amax)))``. With ``round_scale`` the scale is the least power of two that is
+    not below that, ``2^e``, and the values are ``saturate(x * 2^-e)``.
 
     Args:
         x: bf16 ``[T, H]``.

@@ -110,7 +110,8 @@ def _exchange_forwarding(
     recv_counts[facts.local_rank :: facts.ranks_per_node] = forwarded_from.tolist()
     nodes, tokens = is_in_node.t().nonzero().unbind(dim=1)
     by_local_rank = dst_row.unflatten(1, (facts.num_nodes, facts.ranks_per_node))[tokens, nodes]
-    heads = torch.full((tokens.shape[0], max(_NVL_RANKS, facts.ranks_per_node)), -1, dtype=torch.int32, device=dst_row.device)
+    width = max(_NVL_RANKS, facts.ranks_per_node)
+    heads = torch.full((tokens.shape[0], width), -1, dtype=torch.int32, device=dst_row.device)
     heads[:, : facts.ranks_per_node] = by_local_rank
     received, _ = call.all_to_all(rows.pack([heads]), send_counts, recv_counts, "forwarding")
     return rows.unpack(received, like=[heads])[0]
@@ -129,16 +130,16 @@ def read(parts: Parts, facts: GroupFacts) -> Route:
         expected_shape = (facts.num_ranks,)
     if typed.num_ranks != facts.num_ranks or tuple(received.shape) != expected_shape:
         raise ArgumentError(
-            f"handle is of a dispatch among {typed.num_ranks} ranks, this buffer has {facts.num_ranks}. Pass the handle "
-            "that dispatch on this buffer returned."
+            f"handle is of a dispatch among {typed.num_ranks} ranks, this buffer has {facts.num_ranks}. Pass the "
+            "handle that dispatch on this buffer returned."
         )
     prefix = received.cpu().long().reshape(facts.num_ranks, -1)
     prefix = prefix[:, facts.rank if prefix.shape[1] > 1 else 0]
     recv_counts = torch.diff(prefix, prepend=prefix.new_zeros(1)).tolist()
     if min(recv_counts) < 0 or sum(recv_counts) > typed.num_recv_tokens:
         raise ArgumentError(
-            f"handle says that {recv_counts} rows came from the ranks, but lists {typed.num_recv_tokens}. Pass the handle "
-            "that dispatch returned, unchanged."
+            f"handle says that {recv_counts} rows came from the ranks, but lists {typed.num_recv_tokens}. Pass the "
+            "handle that dispatch returned, unchanged."
         )
     return Route(
         is_token_in_rank=typed.is_token_in_rank,

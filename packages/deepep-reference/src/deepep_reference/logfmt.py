@@ -1,7 +1,7 @@
 """LogFMT: rows of bf16 in 10 bits per value, for the way back to the source in low-latency combine.
 
-Sign and the logarithm of the magnitude, measured on a scale that spans the block's own range. This file is the model that
-other implementations are compared with; logarithms differ between processors, so a value may differ by one level.
+Sign and the logarithm of the magnitude, measured on a scale that spans the block's own range. This file is the model
+that other implementations are compared with; logarithms differ between processors, so a value may differ by one level.
 
 Symbols: ``n`` rows, ``H`` hidden size, a multiple of 128, ``B = H / 128`` blocks.
 """
@@ -37,8 +37,8 @@ def encode(x: torch.Tensor) -> Encoded:
     """Encode bf16 ``[n, H]``.
 
     ``high`` is the largest magnitude of the block, ``low`` the smallest that is not zero, but not below ``2^-32 high``.
-    Levels divide the octaves from ``low`` to ``high`` into 510 equal steps; each magnitude takes the nearest level in the
-    logarithm. Magnitudes below ``low / 2`` become zero, those between ``low / 2`` and ``low`` become ``low``.
+    Levels divide the octaves from ``low`` to ``high`` into 510 equal steps; each magnitude takes the nearest level in
+    the logarithm. Magnitudes below ``low / 2`` become zero, those between ``low / 2`` and ``low`` become ``low``.
     """
     blocks = x.float().unflatten(1, (-1, BLOCK))
     magnitude = blocks.abs()
@@ -62,7 +62,10 @@ def encode(x: torch.Tensor) -> Encoded:
 
 
 def decode(encoded: Encoded) -> torch.Tensor:
-    """float32 ``[n, H]``: ``low * 2^((level - 1) * step)`` with its sign, 0 for level 0; NaN for a block whose ``high`` is not finite."""
+    """float32 ``[n, H]``: ``low * 2^((level - 1) * step)`` with its sign, and 0 for level 0.
+
+    A block whose ``high`` is not finite decodes to NaN.
+    """
     low, high = encoded.low.float(), encoded.high.float()
     exponent = (encoded.level - 1).float() * _step(low, high)[..., None]
     magnitude = torch.where(encoded.level > 0, low[..., None] * exponent.exp2(), 0.0)

@@ -5,8 +5,8 @@ group once one wait runs into its deadline. Here each pair of ranks has its own 
 the others one deadline and nothing else.
 
 Every message is a frame: who reads it knows from ``(sequence, number)`` to which exchange of which call it belongs.
-Frames of earlier calls (of a rank that was late and masked, and is taken in again) are skipped. A rank that sat out some
-calls finds its peers in a later call and continues with their number.
+Frames of earlier calls (of a rank that was late and masked, and is taken in again) are skipped. A rank that sat out
+some calls finds its peers in a later call and continues with their number.
 
 Peers are other processes of the same job on a private network. A connection is accepted only with the random token that
 the ranks agreed on over their control channel; lengths and numbers in frames are checked before use.
@@ -196,12 +196,12 @@ class MeshTransport(Transport):
         while True:
             for rank in payloads.keys() - received.keys() - failed.keys():
                 try:
-                    payload = self._peers[rank].take(step)
+                    arrived = self._peers[rank].take(step)
                 except PeerLostError as error:
                     failed[rank] = str(error)
                     continue
-                if payload is not None:
-                    received[rank] = payload
+                if arrived is not None:
+                    received[rank] = arrived
                 elif self._peers[rank].lost is not None:
                     failed[rank] = self._peers[rank].lost or ""
             if failed and not step.is_tolerant:
@@ -212,23 +212,21 @@ class MeshTransport(Transport):
                     ranks=failed,
                     phase=step.phase,
                 )
-            late = [
-                r
-                for r in payloads.keys() - failed.keys()
-                if r not in received or self._peers[r].has_unsent
-            ]
+            late = [r for r in payloads.keys() - failed.keys() if r not in received or self._peers[r].has_unsent]
             if not late:
                 return received
             waited = time.monotonic() - started
             if self._is_aborted:
-                raise BufferStateError(f"{step.phase}: rank {self._rank} gave up waiting because the buffer was aborted.")
+                raise BufferStateError(
+                    f"{step.phase}: rank {self._rank} gave up waiting because the buffer was aborted."
+                )
             if waited > self._timeout_s:
                 if step.is_tolerant:
                     return {r: payload for r, payload in received.items() if r not in late}
                 raise PeerTimeoutError(
-                    f"{step.phase}: rank {self._rank} waited {waited:.1f} s for ranks {sorted(late)}. Either they are late "
-                    "(raise the deadline: DEEPEP_TIMEOUT_S), or they made no such call. Destroy this buffer and build a "
-                    "new one.",
+                    f"{step.phase}: rank {self._rank} waited {waited:.1f} s for ranks {sorted(late)}. Either they are "
+                    "late (raise the deadline: DEEPEP_TIMEOUT_S), or they made no such call. Destroy this buffer and "
+                    "build a new one.",
                     ranks=late,
                     phase=step.phase,
                     waited_s=waited,
@@ -279,9 +277,7 @@ def open_mesh(facts: GroupFacts, *, timeout_s: float) -> MeshTransport:
             record = _ADDRESS.pack(host_identity(), address.encode(), port, token)
         except OSError as error:
             problem = f"rank {facts.rank} cannot listen for its peers ({error})"
-        records = [
-            _ADDRESS.unpack(r) for r in facts.channel.all_gather(record, phase=phase, timeout_s=timeout_s)
-        ]
+        records = [_ADDRESS.unpack(r) for r in facts.channel.all_gather(record, phase=phase, timeout_s=timeout_s)]
         token = records[0][3]
         if not problem and listener is not None and all(port for _, _, port, _ in records):
             try:
@@ -299,8 +295,8 @@ def open_mesh(facts: GroupFacts, *, timeout_s: float) -> MeshTransport:
         problems = [p for p in facts.channel.gather_texts(problem, phase=phase, timeout_s=timeout_s) if p]
         if problems:
             raise BackendUnavailableError(
-                f"enable_shrink needs TCP connections between all ranks: {'; '.join(problems)}. Open the network between "
-                "the hosts, or build the buffer without enable_shrink."
+                f"enable_shrink needs TCP connections between all ranks: {'; '.join(problems)}. Open the network "
+                "between the hosts, or build the buffer without enable_shrink."
             )
     except BaseException:
         for connection in connections.values():

@@ -163,7 +163,8 @@ class ReferenceNormal(NormalBackend):
             for bias in request.biases:
                 if bias.shape != (num_tokens, request.x.shape[1]):
                     raise ArgumentError(
-                        f"combine: a bias has shape {tuple(bias.shape)}; it has to be {(num_tokens, request.x.shape[1])}."
+                        f"combine: a bias has shape {tuple(bias.shape)}; it has to be "
+                        f"{(num_tokens, request.x.shape[1])}."
                     )
         columns = [request.x] + ([request.topk_weights] if request.topk_weights is not None else [])
         with self._session.call(
@@ -206,8 +207,8 @@ class ReferenceNormal(NormalBackend):
         num_experts = layout.num_tokens_per_expert.shape[0]
         if num_experts == 0 or num_experts % self._facts.num_ranks:
             raise ArgumentError(
-                f"dispatch: num_tokens_per_expert has {num_experts} entries; the number of experts has to be a multiple of "
-                f"the {self._facts.num_ranks} ranks."
+                f"dispatch: num_tokens_per_expert has {num_experts} entries; the number of experts has to be a "
+                f"multiple of the {self._facts.num_ranks} ranks."
             )
         given: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         if request.topk_idx is not None:
@@ -238,9 +239,9 @@ class ReferenceNormal(NormalBackend):
         if wrong.shape[0]:
             source, destination = wrong[0].tolist()
             raise PeersDisagreeError(
-                f"{operation}: ranks pass handles of different dispatches (rank {source}: {sent[source, destination]} tokens "
-                f"for rank {destination}; rank {destination}: {received[destination, source]} rows from rank {source}). Pass "
-                "the handle of the same dispatch on every rank.",
+                f"{operation}: ranks pass handles of different dispatches (rank {source}: {sent[source, destination]} "
+                f"tokens for rank {destination}; rank {destination}: {received[destination, source]} rows from rank "
+                f"{source}). Pass the handle of the same dispatch on every rank.",
                 ranks=(source, destination),
                 phase=operation,
             )
@@ -294,8 +295,9 @@ def _check_worst(rank_counts: torch.Tensor, num_worst_tokens: int) -> None:
     most = int(totals.argmax())
     if num_worst_tokens and int(totals[most]) > num_worst_tokens:
         raise ArgumentError(
-            f"dispatch: rank {most} would receive {int(totals[most])} rows, but num_worst_tokens allows {num_worst_tokens}. "
-            "Nothing was sent. Raise num_worst_tokens (num_ranks times the most tokens of a rank is always enough)."
+            f"dispatch: rank {most} would receive {int(totals[most])} rows, but num_worst_tokens allows "
+            f"{num_worst_tokens}. Nothing was sent. Raise num_worst_tokens: the tokens of all ranks together always "
+            "suffice."
         )
 
 
@@ -308,7 +310,7 @@ def _send(
     *,
     num_padding: int,
 ) -> list[torch.Tensor]:
-    """What ``columns`` hold for the tokens that come here, by source rank, then by token; ``num_padding`` zero rows after."""
+    """``columns`` of the tokens that come here, by source rank, then by token; ``num_padding`` zero rows after."""
     packed = rows.pack(columns)[tokens_by_destination(is_token_in_rank)]
     received, _ = call.all_to_all(packed, send_counts, recv_counts)
     if num_padding:

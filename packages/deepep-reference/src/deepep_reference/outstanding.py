@@ -24,8 +24,8 @@ class Outstanding:
         with self._lock:
             if len(self._open) >= MAX_OUTSTANDING:
                 raise BufferStateError(
-                    f"{operation}: {len(self._open)} operations on this buffer are outstanding, the most it holds. Call the "
-                    "hook of one of them (or drop it) first."
+                    f"{operation}: {len(self._open)} operations on this buffer are outstanding, the most it holds. "
+                    "Call the hook of one of them (or drop it) first."
                 )
 
     def begin(self, complete: Callable[[], None]) -> Receive:

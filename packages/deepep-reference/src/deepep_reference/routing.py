@@ -14,8 +14,9 @@ def layout_of(topk_idx: torch.Tensor, *, num_experts: int, num_ranks: int, ranks
     """Count the routes of ``topk_idx`` ``[T, K]``.
 
     A token goes once to each rank that holds at least one of its experts, and counts for each of its choices at the
-    chosen expert. For ``N = 2``, ``E = 4``: ``topk_idx = [[0, 1], [1, 3], [-1, 2]]`` gives ``is_token_in_rank = [[1, 0],
-    [1, 1], [0, 1]]``, ``num_tokens_per_rank = [2, 2]``, ``num_tokens_per_expert = [1, 2, 1, 1]``.
+    chosen expert. For ``N = 2``, ``E = 4``: ``topk_idx = [[0, 1], [1, 3], [-1, 2]]`` gives
+    ``is_token_in_rank = [[1, 0], [1, 1], [0, 1]]``, ``num_tokens_per_rank = [2, 2]``,
+    ``num_tokens_per_expert = [1, 2, 1, 1]``.
     """
     is_used = topk_idx >= 0
     rank_of_choice = topk_idx.long() // (num_experts // num_ranks)

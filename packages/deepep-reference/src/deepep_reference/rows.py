@@ -16,7 +16,7 @@ def pack(columns: Sequence[torch.Tensor]) -> torch.Tensor:
 
 
 def unpack(rows: torch.Tensor, like: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The tensors that `pack` laid into ``rows``; dtypes and widths are those of ``like``, whose row counts are free."""
+    """The tensors that `pack` laid into ``rows``; dtypes and widths are those of ``like``, whatever its rows."""
     columns = []
     begin = 0
     for column in like:
@@ -30,7 +30,10 @@ def _as_bytes(column: torch.Tensor) -> torch.Tensor:
     row_bytes = column.shape[1] * column.element_size()
     if column.shape[0] == 0:
         return torch.empty((0, row_bytes), dtype=torch.uint8, device=column.device)
-    return column.contiguous().view(torch.uint8)
+    if column.stride() != (column.shape[1], 1):
+        # Not `contiguous`: it takes a single column with any stride for contiguous, and `view` does not.
+        column = torch.empty(column.shape, dtype=column.dtype, device=column.device).copy_(column)
+    return column.view(torch.uint8)
 
 
 def _from_bytes(rows: torch.Tensor, dtype: torch.dtype, width: int) -> torch.Tensor:

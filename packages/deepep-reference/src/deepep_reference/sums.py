@@ -24,7 +24,8 @@ def sum_over_ranks(
     """The sum that normal combine makes: ``[T, width]`` of ``dtype``.
 
     From +0: first the biases, then, on one node, the ranks ascending; on several nodes the nodes ascending, where each
-    node's partial is the sum of its ranks ascending, from +0, rounded to ``dtype``. One rounding to ``dtype`` at the end.
+    node's partial is the sum of its ranks ascending, from +0, rounded to ``dtype``. One rounding to ``dtype`` at the
+    end.
 
     Args:
         rows: for each rank, the rows ``[n, width]`` that came back from it.
@@ -83,8 +84,8 @@ def sum_over_ranks_of_choices(
 ) -> torch.Tensor:
     """The sum of low-latency combine with ``ll_reduce="rank"``: bf16 ``[T, H]``.
 
-    Each rank's partial is the sum of weight times row over the choices that are on that rank, column by column, from +0,
-    rounded to bf16. Partials add from +0 by ascending rank. One rounding to bf16 at the end.
+    Each rank's partial is the sum of weight times row over the choices that are on that rank, column by column, from
+    +0, rounded to bf16. Partials add from +0 by ascending rank. One rounding to bf16 at the end.
 
     Args:
         rank_of_choice: ``[T, K]``, the rank that holds the chosen expert.

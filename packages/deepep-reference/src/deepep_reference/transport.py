@@ -43,7 +43,7 @@ class Step:
 
 
 class Transport(ABC):
-    """Moves bytes between the ranks of one buffer. Every wait has a deadline and raises `PeerError` when it ends badly."""
+    """Moves bytes between the ranks of one buffer. Every wait has a deadline and ends badly in a `PeerError`."""
 
     @property
     @abstractmethod
@@ -69,9 +69,11 @@ class Transport(ABC):
             late are left out.
         """
 
+    @abstractmethod
     def abort(self) -> None:
         """Make waits end soon. Callable from another thread."""
 
+    @abstractmethod
     def close(self) -> None:
         """Release what this transport opened. Local, idempotent."""
 
@@ -101,6 +103,10 @@ class WholeGroupTransport(Transport):
     def abort(self) -> None:
         self.is_aborted = True
         self.channel.abort()
+
+    def close(self) -> None:
+        # The group and the communicator belong to the user.
+        return
 
 
 class GroupTransport(WholeGroupTransport):

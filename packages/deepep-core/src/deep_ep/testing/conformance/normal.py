@@ -135,8 +135,10 @@ def check_rows(
 
 
 def _bytes(tensor: torch.Tensor) -> torch.Tensor:
-    flat = tensor.detach().cpu().contiguous()
-    return flat.view(torch.uint8).reshape(len(flat), flat.shape[1] * flat.element_size())
+    num_rows, num_columns = tensor.shape
+    if not tensor.numel():  # tensors without elements come with odd strides
+        return torch.empty((num_rows, num_columns * tensor.element_size()), dtype=torch.uint8)
+    return tensor.detach().cpu().contiguous().view(torch.uint8)
 
 
 # --- functions that run on every rank -------------------------------------------------------------------------------

@@ -1,0 +1,441 @@
+"""The benchmark on one rank.
+
+A figure is the maximum over ranks of each iteration, and of those the median. Iterations follow one another without the
+host waiting for the device; inputs rotate through more memory than the L2 cache holds. What is timed is checked against
+plain arithmetic before and after.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from ..buffer import Buffer
+from ..launch import RankContext
+from . import bench_data, ranks
+from .bench_data import InputSet, Shape
+from .bench_rivals import AllGatherReduceScatter, AllToAll
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchSettings:
+    """What to measure.
+
+    Attributes:
+        shape: what is moved; ``num_ranks`` is filled in by `run_bench`.
+        num_sms: SM counts to measure at; empty for the backend's own choice.
+        iterations: measured calls of each operation, after ``warmup`` calls.
+        backend: a backend's name; ``None`` for the library's choice.
+        ll_reduce: where low-latency combine sums.
+        progress: show a progress bar on rank 0's standard error.
+    """
+
+    shape: Shape
+    num_sms: tuple[int, ...] = ()
+    iterations: int = 30
+    warmup: int = 5
+    backend: str | None = None
+    ll_reduce: str = "rank"
+    progress: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measurement:
+    """One row of the table.
+
+    Attributes:
+        contender, operation: who does what.
+        num_sms: SMs for communication kernels; ``None`` where that has no meaning or was the backend's choice.
+        seconds: median over iterations of the maximum over ranks; ``fastest``, ``slowest``: 10th and 90th percentile.
+        physical_bytes: what has to leave a rank for other ranks, mean over ranks: one copy of a row for each other rank
+            that needs it (all-gather + reduce-scatter: every row to every other rank).
+        logical_bytes: the same with the copies that stay on their own rank.
+        wire_efficiency: physical bytes per second as a share of the push limit measured in this run; ``None`` unless
+            the backend can measure it.
+        failure: why this contender could not run here; then there are no figures.
+    """
+
+    contender: str
+    operation: str
+    num_sms: int | None = None
+    seconds: float = 0.0
+    fastest: float = 0.0
+    slowest: float = 0.0
+    physical_bytes: float = 0.0
+    logical_bytes: float = 0.0
+    wire_efficiency: float | None = None
+    failure: str = ""
+
+    @property
+    def physical_gbps(self) -> float:
+        return self.physical_bytes / self.seconds / 1e9 if self.seconds else 0.0
+
+    @property
+    def logical_gbps(self) -> float:
+        return self.logical_bytes / self.seconds / 1e9 if self.seconds else 0.0
+
+
+@dataclass(kw_only=True)
+class BenchResult:
+    """Everything rank 0 knows at the end; ``faults`` is empty if every check before and after held."""
+
+    num_ranks: int
+    ranks_per_node: int
+    hosts: list[str]
+    device: str
+    backend: str
+    push_limit_gbps: dict[int, float] = field(default_factory=dict)
+    measurements: list[Measurement] = field(default_factory=list)
+    faults: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Operation:
+    """Something to time: ``call`` works on one input set; bytes are this rank's."""
+
+    contender: str
+    name: str
+    call: Callable[[InputSet], Any]
+    physical_bytes: float
+    logical_bytes: float
+
+
+def run_bench(context: RankContext, settings: BenchSettings) -> BenchResult:
+    """Measure on this rank together with the others. Every rank returns the same result."""
+    shape = settings.shape
+    buffer = Buffer.for_model(
+        context.group,
+        hidden=shape.hidden,
+        num_experts=shape.experts,
+        num_topk=shape.topk,
+        max_tokens_per_rank=_room(shape),
+        mode=shape.mode,
+        backend=settings.backend,
+        ll_reduce=settings.ll_reduce,  # type: ignore[arg-type]
+    )
+    assert buffer.runtime is not None
+    num_nodes = buffer.runtime.get_num_rdma_ranks()
+    result = BenchResult(
+        num_ranks=context.num_ranks,
+        ranks_per_node=context.num_ranks // num_nodes,
+        hosts=_hosts(context),
+        device=torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else "CPU",
+        backend=dict(buffer.backends)[shape.mode],
+    )
+    try:
+        sets = [
+            bench_data.make_inputs(shape, context.rank, seed, context.device)
+            for seed in range(_num_sets(context.device, shape))
+        ]
+        session = _Session(context, settings, buffer, result.ranks_per_node, sets)
+        session.run(result)
+    finally:
+        buffer.destroy()
+    return result
+
+
+def _room(shape: Shape) -> int:
+    """``X`` of low-latency calls: the tokens, rounded up to a multiple of 4."""
+    return (shape.tokens + 3) // 4 * 4
+
+
+def _num_sets(device: torch.device, shape: Shape) -> int:
+    """Input sets to rotate through: together more than twice the L2 cache, at least 2 and at most 16."""
+    if device.type != "cuda":
+        return 2
+    set_bytes = shape.tokens * shape.hidden * 2 * 3  # rows out, rows in (at least as many), rows back
+    cache: int = torch.cuda.get_device_properties(device).L2_cache_size
+    return min(16, max(2, -(-2 * cache // set_bytes)))
+
+
+def _hosts(context: RankContext) -> list[str]:
+    import socket
+
+    name = torch.zeros(1, 64, dtype=torch.uint8)
+    encoded = socket.gethostname().encode()[:64]
+    name[0, : len(encoded)] = torch.tensor(list(encoded), dtype=torch.uint8)
+    gathered = ranks.gather_rows(context, name)
+    return list(dict.fromkeys(bytes(row[0].tolist()).rstrip(b"\0").decode(errors="replace") for row in gathered))
+
+
+class _Session:
+    """One buffer, one shape, all contenders."""
+
+    def __init__(
+        self,
+        context: RankContext,
+        settings: BenchSettings,
+        buffer: Buffer,
+        ranks_per_node: int,
+        sets: list[InputSet],
+    ) -> None:
+        self.context, self.settings, self.shape = context, settings, settings.shape
+        self.buffer, self.ranks_per_node, self.sets = buffer, ranks_per_node, sets
+        self.all_to_all = AllToAll(context.group, context.rank, self.shape)
+        self.all_gather = AllGatherReduceScatter(context.group, context.rank, self.shape)
+
+    def run(self, result: BenchResult) -> None:
+        self._first_calls()
+        result.faults += self._faults("before")
+        sm_counts: tuple[int | None, ...] = self.settings.num_sms or (None,)
+        ours, rivals = self._operations(), self._rival_operations()
+        with self._progress(len(ours) * len(sm_counts) + len(rivals)) as advance:
+            for num_sms in sm_counts:
+                if num_sms is not None:
+                    Buffer.set_num_sms(num_sms)
+                limit = self._push_limit(num_sms)
+                if limit is not None:
+                    result.push_limit_gbps[num_sms or Buffer.num_sms] = limit
+                for operation in ours:
+                    advance(f"{operation.contender}: {operation.name}")
+                    result.measurements.append(self._measure(operation, num_sms, limit))
+            for operation in rivals:
+                advance(f"{operation.contender}: {operation.name}")
+                result.measurements.append(self._measure(operation, None, None))
+        result.faults += self._faults("after")
+
+    # --- what is timed ------------------------------------------------------------------------------------------------
+
+    def _operations(self) -> list[_Operation]:
+        shape = self.shape
+        # Rows over all ranks' choices; every input set has nearly as many, the mean is reported.
+        logical = statistics.mean(int(s.in_rank.sum()) for s in self.sets)
+        physical = logical - statistics.mean(int(s.in_rank[:, self.context.rank].sum()) for s in self.sets)
+        out, back = shape.dispatch_row_bytes, shape.combine_row_bytes
+
+        def operation(name: str, call: Callable[[InputSet], Any], row_bytes: int) -> _Operation:
+            return _Operation(
+                contender="deep_ep",
+                name=name,
+                call=call,
+                physical_bytes=physical * row_bytes,
+                logical_bytes=logical * row_bytes,
+            )
+
+        if shape.mode == "low_latency":
+            return [
+                operation("pair", lambda s: (self._low_latency_dispatch(s), self._low_latency_combine(s)), out + back),
+                operation("dispatch", self._low_latency_dispatch, out),
+                operation("combine", self._low_latency_combine, back),
+            ]
+        return [
+            operation("pair", lambda s: (self._cached(s), self._combine(s)), out + back),
+            operation("dispatch", self._cached, out),
+            operation("combine", self._combine, back),
+            operation("dispatch with layout and counts", self._fresh, out),
+        ]
+
+    def _rival_operations(self) -> list[_Operation]:
+        shape, found = self.shape, []
+        out, back = shape.dispatch_row_bytes, shape.combine_row_bytes
+        for rival, kept in ((self.all_to_all, None), (self.all_gather, shape.tokens)):
+            physical = statistics.mean(rival.egress_rows(s) for s in self.sets)
+            own = kept if kept is not None else statistics.mean(int(s.in_rank.sum()) for s in self.sets) - physical
+            for name, call, row_bytes in (
+                ("pair", lambda s, rival=rival: (rival.dispatch(s), rival.combine(s)), out + back),
+                ("dispatch", rival.dispatch, out),
+                ("combine", rival.combine, back),
+            ):
+                found.append(
+                    _Operation(
+                        contender=rival.name,
+                        name=name,
+                        call=call,  # type: ignore[arg-type]
+                        physical_bytes=physical * row_bytes,
+                        logical_bytes=(physical + own) * row_bytes,
+                    )
+                )
+        return found
+
+    def _fresh(self, inputs: InputSet) -> tuple[Any, ...]:
+        per_rank, per_node, per_expert, in_rank, _ = self.buffer.get_dispatch_layout(
+            inputs.topk_idx, self.shape.experts
+        )
+        return self.buffer.dispatch(
+            inputs.sent,
+            num_tokens_per_rank=per_rank,
+            num_tokens_per_rdma_rank=per_node,
+            is_token_in_rank=in_rank,
+            num_tokens_per_expert=per_expert,
+            topk_idx=inputs.topk_idx,
+            topk_weights=inputs.topk_weights,
+        )
+
+    def _cached(self, inputs: InputSet) -> Any:
+        return self.buffer.dispatch(inputs.sent, handle=inputs.handle)[0]
+
+    def _combine(self, inputs: InputSet) -> torch.Tensor:
+        assert inputs.expert_out is not None
+        combined: torch.Tensor = self.buffer.combine(inputs.expert_out, inputs.handle)[0]
+        return combined
+
+    def _low_latency_dispatch(self, inputs: InputSet) -> tuple[Any, tuple[Any, ...]]:
+        received, _, handle, _, _ = self.buffer.low_latency_dispatch(
+            inputs.x, inputs.topk_idx, _room(self.shape), self.shape.experts, use_fp8=self.shape.dtype == "fp8"
+        )
+        return received, handle
+
+    def _low_latency_combine(self, inputs: InputSet) -> torch.Tensor:
+        assert inputs.expert_out is not None
+        combined: torch.Tensor = self.buffer.low_latency_combine(
+            inputs.expert_out, inputs.topk_idx, inputs.topk_weights, inputs.handle
+        )[0]
+        return combined
+
+    def _push_limit(self, num_sms: int | None) -> float | None:
+        if self.shape.mode != "normal":
+            return None
+        return self.buffer._normal("bench").push_limit_gbps(num_sms or Buffer.num_sms)
+
+    # --- the clock ----------------------------------------------------------------------------------------------------
+
+    def _measure(self, operation: _Operation, num_sms: int | None, limit_gbps: float | None) -> Measurement:
+        failure = ""
+        times: list[float] = []
+        try:
+            times = self._chain(operation.call)
+        except (RuntimeError, ValueError, NotImplementedError) as error:
+            if operation.contender == "deep_ep":
+                raise
+            failure = (str(error).splitlines() or [type(error).__name__])[0][:160]
+        if ranks.any_rank(self.context, bool(failure)):
+            return Measurement(
+                contender=operation.contender, operation=operation.name, failure=failure or "another rank could not"
+            )
+        times = ranks.slowest(self.context, times)
+        together = torch.tensor([operation.physical_bytes, operation.logical_bytes], dtype=torch.float64)
+        if self.context.num_ranks > 1:
+            dist.all_reduce(together, group=self.context.group)
+        physical, logical = (together / self.context.num_ranks).tolist()
+        seconds = statistics.median(times)
+        tenths = statistics.quantiles(times, n=10) if len(times) > 1 else [seconds] * 9
+        return Measurement(
+            contender=operation.contender,
+            operation=operation.name,
+            num_sms=num_sms,
+            seconds=seconds,
+            fastest=tenths[0],
+            slowest=tenths[-1],
+            physical_bytes=physical,
+            logical_bytes=logical,
+            wire_efficiency=physical / seconds / 1e9 / limit_gbps if limit_gbps else None,
+        )
+
+    def _chain(self, call: Callable[[InputSet], Any]) -> list[float]:
+        """Seconds of each of ``iterations`` calls that follow one another on rotating inputs."""
+        device, sets = self.context.device, self.sets
+        for i in range(self.settings.warmup):
+            call(sets[i % len(sets)])
+        ranks.synchronize(device)
+        if self.context.num_ranks > 1:
+            dist.barrier(self.context.group)
+        count = self.settings.iterations
+        if device.type != "cuda":
+            stamps = [time.perf_counter()]
+            for i in range(count):
+                call(sets[i % len(sets)])
+                stamps.append(time.perf_counter())
+            return [b - a for a, b in zip(stamps, stamps[1:], strict=False)]
+        events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
+        events[0].record()
+        for i in range(count):
+            call(sets[i % len(sets)])
+            events[i + 1].record()
+        ranks.synchronize(device)
+        return [a.elapsed_time(b) * 1e-3 for a, b in zip(events, events[1:], strict=False)]
+
+    # --- the checks ---------------------------------------------------------------------------------------------------
+
+    def _first_calls(self) -> None:
+        """Fill in handles and expert outputs, and tell the all-to-all its counts."""
+        for inputs in self.sets:
+            from_each = [
+                int(
+                    bench_data.ranks_of(self.shape, bench_data.choices(self.shape, source, inputs.seed))[
+                        :, self.context.rank
+                    ].sum()
+                )
+                for source in range(self.context.num_ranks)
+            ]
+            self.all_to_all.prepare(inputs, from_each)
+            expected = bench_data.expected_dispatch(self.shape, self.context.rank, inputs.seed, self.context.device)
+            inputs.rival_out = bench_data.stand_in_for_experts(expected, self.context.rank)
+            if self.shape.mode == "normal":
+                received, _, _, _, inputs.handle, _ = self._fresh(inputs)
+                inputs.expert_out = bench_data.stand_in_for_experts(received, self.context.rank)
+            else:
+                received, inputs.handle = self._low_latency_dispatch(inputs)
+                inputs.expert_out = bench_data.stand_in_for_low_latency_experts(
+                    self.shape, received, self.context.rank
+                )
+
+    def _faults(self, when: str) -> list[str]:
+        """What is wrong on any rank, in words; the same on every rank."""
+        mine = ""
+        for inputs in self.sets:
+            mine = mine or self._fault(inputs)
+        row = torch.zeros(1, 200, dtype=torch.uint8)
+        encoded = mine.encode()[:200]
+        row[0, : len(encoded)] = torch.tensor(list(encoded), dtype=torch.uint8)
+        found = [bytes(r[0].tolist()).rstrip(b"\0").decode() for r in ranks.gather_rows(self.context, row)]
+        return [f"{when}, rank {rank}: {text}" for rank, text in enumerate(found) if text]
+
+    def _fault(self, inputs: InputSet) -> str:
+        shape, rank, device = self.shape, self.context.rank, self.context.device
+        expected = bench_data.expected_dispatch(shape, rank, inputs.seed, device)
+        if self.shape.mode == "normal":
+            for name, received in (
+                ("dispatch", self._fresh(inputs)[0]),
+                ("cached dispatch", self._cached(inputs)),
+            ):
+                if not _same(received, expected):
+                    return f"{name} did not deliver the rows of plain arithmetic"
+            wanted = bench_data.expected_combine(shape, inputs, self.ranks_per_node)
+            if not bench_data.same_bits(self._combine(inputs), wanted):
+                return "combine differs from plain arithmetic"
+        else:
+            received, handle = self._low_latency_dispatch(inputs)
+            fault = bench_data.check_low_latency_dispatch(shape, rank, inputs.seed, received, handle)
+            if fault:
+                return f"low-latency dispatch: {fault}"
+            wanted = bench_data.expected_low_latency_combine(shape, inputs, self.settings.ll_reduce)
+            inputs.handle = handle
+            inputs.expert_out = bench_data.stand_in_for_low_latency_experts(shape, received, rank)
+            if not bench_data.same_bits(self._low_latency_combine(inputs), wanted):
+                return "low-latency combine differs from plain arithmetic"
+        return ""
+
+    # --- the bar ------------------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def _progress(self, total: int) -> Iterator[Callable[[str], None]]:
+        if not self.settings.progress or self.context.rank != 0:
+            yield lambda _text: None
+            return
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+            task = progress.add_task("measuring", total=total)
+            started = False
+
+            def advance(text: str) -> None:
+                nonlocal started
+                progress.update(task, description=text, advance=1 if started else 0)
+                started = True
+
+            yield advance
+
+
+def _same(received: Any, expected: Any) -> bool:
+    if isinstance(expected, tuple):
+        return all(bench_data.same_bits(a, b) for a, b in zip(received, expected, strict=True))
+    return bench_data.same_bits(received, expected)
