@@ -57,7 +57,7 @@ def examples_of(path: Path, folder: Path) -> Iterator[Example]:
     """The examples of one page; programs are written into ``folder``."""
     blocks = blocks_of(path.read_text())
     name = path.relative_to(ROOT)
-    for block, following in zip(blocks, [*blocks[1:], None], strict=True):
+    for block, following in zip(blocks, [*blocks, None][1:], strict=True):
         if block.language == "python":
             # A program of its own name: ranks import the module that defines the function they run.
             program = folder / f"{path.stem.replace('-', '_')}_line_{block.line}.py"

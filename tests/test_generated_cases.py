@@ -16,7 +16,7 @@ from deep_ep.testing.conformance.base import environment_of
 from deep_ep.testing.strategies import low_latency_cases, normal_cases
 
 RANK_COUNTS = (1, 2, 3, 4, 8)
-EXAMPLES = 36
+EXAMPLES = 50
 SETUP = Setup(backend="reference", modes=frozenset({"normal", "low_latency"}))
 CASES = settings(
     max_examples=EXAMPLES,

@@ -58,8 +58,10 @@ class Options:
 
 
 def parse(description: str, *, tokens: int, hidden: int, topk: int, experts: int, groups: int) -> Options:
-    """Options of one check; the keywords are its defaults."""
+    """Options of one check; the keywords are its defaults, made smaller where there is no GPU."""
     on_gpu = torch.cuda.is_available()
+    if not on_gpu:
+        tokens, hidden = min(tokens, 128), min(hidden, 1024)
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from deep_ep import ArgumentError, Buffer, nn
 from deep_ep.launch import RankContext, RankPool
 
-HIDDEN, WIDTH, EXPERTS, TOPK = 64, 24, 24, 4
+HIDDEN, WIDTH, EXPERTS, TOPK = 128, 24, 24, 4
 GATE = {"hidden": HIDDEN, "num_experts": EXPERTS, "num_topk": TOPK, "num_groups": 6, "num_selected_groups": 3}
 
 
@@ -290,15 +290,13 @@ def _transported(check: nn.OneProcessCheck, x: torch.Tensor, topk_idx: torch.Ten
 
 def test_check_accepts_rounding_and_finds_what_is_larger() -> None:
     x = torch.cat([_inputs(rank, 50)[0] for rank in range(2)])
-    check = nn.OneProcessCheck(
-        _gate(), nn.Experts(hidden=HIDDEN, width=WIDTH, num_experts=EXPERTS), num_ranks=2
-    )
+    check = nn.OneProcessCheck(_gate(), nn.Experts(hidden=HIDDEN, width=WIDTH, num_experts=EXPERTS), num_ranks=2)
     topk_idx = check.gate(x).topk_idx
     expected = check.normal(x, topk_idx)["output"]
     honest = _transported(check, x, topk_idx).detach()
     difference = expected.difference(honest)
     assert difference.agrees
-    assert 0.05 < difference.max_share  # the tolerance is not far wider than what rounding does
+    assert difference.max_share > 0.05  # the tolerance is not far wider than what rounding does
     for name, wrong in {
         "a row of another token": honest.index_copy(0, torch.tensor([61]), honest[60:61]),
         "a row lost": honest.index_fill(0, torch.tensor([61]), 0.0),

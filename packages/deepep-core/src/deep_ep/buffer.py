@@ -458,8 +458,8 @@ class Buffer(LowLatencyCalls):
         """
         with self._lock:
             part = self._normal("dispatch")
-            num_sms, is_exact = _sms(config)
             with checked(part, "dispatch" if handle is None else "cached_dispatch"):
+                num_sms, is_exact = _sms(config)
                 check_overlap("dispatch", previous_event, async_finish, allocate_on_comm_stream)
                 if handle is None:
                     request = validation.fresh_dispatch(
@@ -534,8 +534,8 @@ class Buffer(LowLatencyCalls):
         """
         with self._lock:
             part = self._normal("combine")
-            num_sms, is_exact = _sms(config)
             with checked(part, "combine"):
+                num_sms, is_exact = _sms(config)
                 check_overlap("combine", previous_event, async_finish, allocate_on_comm_stream)
                 request = validation.combine(
                     x,

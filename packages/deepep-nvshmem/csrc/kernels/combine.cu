@@ -1,7 +1,7 @@
 // Combine: every token's expert outputs come back from the ranks that hold them and are summed.
 //
 // Load warp     one lane: pulls the rows of a token (or parts of them) from their owners into a ring of shared-memory stages.
-// Sum warps     add the rows of a stage in rank order behind the biases, round once, store.
+// Sum warps     in groups, each taking every fourth stage: add its rows in rank order behind the biases, round once, store.
 // Weights warp  sums the top-k weights in the same order, with ordinary loads.
 // (Without bulk copies every warp loads from the owners, sums and stores by itself.)
 // Before: send_head says at which row each rank holds a token. An owner's rows are read only after its READY was seen; an owner's kernel ends only
@@ -15,18 +15,20 @@ namespace deepep::nvlink {
 namespace {
 
 constexpr int kOp = static_cast<int>(Op::kCombine);
-constexpr int kNumSumWarps = 16;
+constexpr int kNumGroups = 4;  // several stages are summed at once, so that one stage's latency does not bound the rest
+constexpr int kGroupWarps = 4;
+constexpr int kGroupThreads = kGroupWarps * 32;
+constexpr int kNumSumWarps = kNumGroups * kGroupWarps;
 constexpr int kLoadWarp = kNumSumWarps;
 constexpr int kWeightsWarp = kNumSumWarps + 1;
 constexpr int kNumThreads = (kNumSumWarps + 2) * 32;
 constexpr int kReadersPerBlock = 2;  // the row pipeline and the weights warp
 
 // What a stage holds. The load lane writes it before it arms the stage's barrier; the sum warps read it after the barrier completed.
-struct StageItem {
-    int64_t token;
-    int32_t part;
+struct __align__(16) StageItem {
+    int64_t offset;  // of the part in out and the biases
+    int32_t num_bytes;
     uint32_t rank_mask;
-    uint32_t is_last;
 };
 
 struct Shared {
@@ -66,6 +68,11 @@ __device__ void end_reading(const CombineArgs& args, const WaitContext& context)
 }
 
 #if DEEPEP_HAS_BULK
+// Parts of rows that this block sums.
+__device__ __forceinline__ int64_t num_items_of_block(const CombineArgs& args) {
+    return blockIdx.x < args.num_tokens ? ((args.num_tokens - 1 - blockIdx.x) / gridDim.x + 1) * args.parts.num_parts : 0;
+}
+
 // Token by token, all parts of one behind each other; the rows of the next token are looked up one token ahead.
 __device__ void load_rows(const CombineArgs& args, const WaitContext& context, Shared& shared, uint8_t* ring) {
     const int num_ranks = args.domain.num_ranks;
@@ -95,7 +102,7 @@ __device__ void load_rows(const CombineArgs& args, const WaitContext& context, S
             const int num_bytes = args.parts.num_bytes(part);
             const int64_t begin = args.parts.begin(part);
             ptx::mbarrier_wait(shared.empty + stage, parity);
-            shared.items[stage] = {token, part, mask, next_token >= args.num_tokens && part == args.parts.num_parts - 1};
+            shared.items[stage] = {token * args.parts.num_row_bytes + begin, num_bytes, mask};
             ptx::mbarrier_arrive_expect(shared.full + stage, num_rows * num_bytes);
             uint8_t* rows = ring + stage * num_ranks * args.parts.num_part_bytes;
 #pragma unroll
@@ -108,48 +115,47 @@ __device__ void load_rows(const CombineArgs& args, const WaitContext& context, S
         }
         token = next_token;
     }
+    // The newest use of every stage: when these have landed, all have.
+    for (int64_t item = max_of(0, num_items_of_block(args) - args.num_stages); item < num_items_of_block(args); ++item)
+        ptx::mbarrier_wait(shared.full + item % args.num_stages, item / args.num_stages & 1);
+    end_reading(args, context);
 }
 
-__device__ void sum_rows(const CombineArgs& args, const WaitContext& context, Shared& shared, const uint8_t* ring) {
-    const int num_ranks = args.domain.num_ranks;
-    int stage = 0;
+__device__ __forceinline__ void sum_vector(const CombineArgs& args, const StageItem& item, const uint8_t* rows, int byte) {
+    Accumulator sum;
+    if (args.bias_0 != nullptr) sum.add(*reinterpret_cast<const int4*>(args.bias_0 + item.offset + byte));
+    if (args.bias_1 != nullptr) sum.add(*reinterpret_cast<const int4*>(args.bias_1 + item.offset + byte));
+    // All reads of four ranks first, then their sums: one latency of shared memory instead of four.
+#pragma unroll
+    for (int group = 0; group < kMaxRanks; group += 4) {
+        if (item.rank_mask >> group == 0) break;
+        int4 vectors[4];
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            if (item.rank_mask >> (group + i) & 1) vectors[i] = *reinterpret_cast<const int4*>(rows + (group + i) * args.parts.num_part_bytes + byte);
+#pragma unroll
+        for (int i = 0; i < 4; ++i)
+            if (item.rank_mask >> (group + i) & 1) sum.add(vectors[i]);
+    }
+    *reinterpret_cast<int4*>(args.out + item.offset + byte) = sum.rounded();
+}
+
+__device__ void sum_rows(const CombineArgs& args, Shared& shared, const uint8_t* ring, int group) {
+    const int num_stage_bytes = args.domain.num_ranks * args.parts.num_part_bytes;
+    const int64_t num_items = num_items_of_block(args);
+    int stage = group;
     uint32_t parity = 0;
-    bool is_last = blockIdx.x >= args.num_tokens;
-    if (is_last && threadIdx.x == 0) end_reading(args, context);
-    while (!is_last) {
+    for (int64_t k = group; k < num_items; k += kNumGroups) {
+        for (; stage >= args.num_stages; stage -= args.num_stages) parity ^= 1;
         ptx::mbarrier_wait(shared.full + stage, parity);
         const StageItem item = shared.items[stage];
-        is_last = item.is_last;
-        if (is_last && threadIdx.x == 0) end_reading(args, context);
-        const uint8_t* rows = ring + stage * num_ranks * args.parts.num_part_bytes;
-        const int64_t offset = item.token * args.parts.num_row_bytes + args.parts.begin(item.part);
-        const int num_bytes = args.parts.num_bytes(item.part);
-        for (int byte = threadIdx.x * 16; byte < num_bytes; byte += kNumSumWarps * 32 * 16) {
-            Accumulator sum;
-            if (args.bias_0 != nullptr) sum.add(*reinterpret_cast<const int4*>(args.bias_0 + offset + byte));
-            if (args.bias_1 != nullptr) sum.add(*reinterpret_cast<const int4*>(args.bias_1 + offset + byte));
-            // All reads of four ranks first, then their sums: one latency of shared memory instead of four.
-#pragma unroll
-            for (int group = 0; group < kMaxRanks; group += 4) {
-                if (item.rank_mask >> group == 0) break;
-                int4 vectors[4];
-#pragma unroll
-                for (int i = 0; i < 4; ++i)
-                    if (item.rank_mask >> (group + i) & 1)
-                        vectors[i] = *reinterpret_cast<const int4*>(rows + (group + i) * args.parts.num_part_bytes + byte);
-#pragma unroll
-                for (int i = 0; i < 4; ++i)
-                    if (item.rank_mask >> (group + i) & 1) sum.add(vectors[i]);
-            }
-            *reinterpret_cast<int4*>(args.out + offset + byte) = sum.rounded();
-        }
+#pragma unroll 2
+        for (int byte = threadIdx.x % kGroupThreads * 16; byte < item.num_bytes; byte += kGroupThreads * 16)
+            sum_vector(args, item, ring + stage * num_stage_bytes, byte);
         __syncwarp();
         // Orders this warp's reads before the load lane's next bulk copy into the stage.
         if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(shared.empty + stage);
-        if (++stage == args.num_stages) {
-            stage = 0;
-            parity ^= 1;
-        }
+        stage += kNumGroups;
     }
 }
 #endif
@@ -241,7 +247,7 @@ __global__ void __launch_bounds__(kNumThreads, 1) pull_and_sum_kernel(const __gr
     if (args.use_bulk && threadIdx.x == 0) {
         for (int stage = 0; stage < args.num_stages; ++stage) {
             ptx::mbarrier_init(shared.full + stage, 1);
-            ptx::mbarrier_init(shared.empty + stage, kNumSumWarps);
+            ptx::mbarrier_init(shared.empty + stage, kGroupWarps);
         }
         ptx::fence_mbarrier_init();  // the handshake's barriers follow
     }
@@ -262,7 +268,7 @@ __global__ void __launch_bounds__(kNumThreads, 1) pull_and_sum_kernel(const __gr
         if (warp == kLoadWarp) {
             if (lane == 0) load_rows(args, context, shared, ring);
         } else {
-            sum_rows(args, context, shared, ring);
+            sum_rows(args, shared, ring, warp / kGroupWarps);
         }
 #endif
     }

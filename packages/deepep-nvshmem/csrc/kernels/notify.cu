@@ -3,7 +3,7 @@
 // Every word of the exchange is a signal word, so that a value is valid as soon as it is seen: no fence, one flight over the link. Each block
 // posts all of this rank's words (posting twice changes nothing), so that no block depends on another one being resident; then
 //   block 0      publishes the counts for the host and writes rank_prefix and the expert counts;
-//   every block  numbers the tokens that go to one destination rank (send_head).
+//   block r      numbers the tokens that go to rank r (send_head).
 // The words live twice, by parity of the epoch: a rank ends its call only after every peer has posted, so it can be one call ahead, never two.
 #include "deepep/ptx/memory.cuh"
 #include "deepep/sync/wait.cuh"
@@ -15,8 +15,8 @@ namespace {
 constexpr int kNumThreads = 512;
 constexpr int kNumWarps = kNumThreads / 32;
 constexpr int kTokensPerThread = 8;
-static_assert(kMaxRanks * kNumHeaderWords <= kNumThreads, "one thread polls each header word");
-static_assert(kMaxRanks * kMaxRanks <= kNumThreads, "one thread polls each rank count");
+constexpr int kTileTokens = kNumThreads * kTokensPerThread;
+static_assert(kMaxRanks * (kNumHeaderWords + kMaxRanks) <= kNumThreads, "one thread polls each header word and rank count");
 
 struct Shared {
     uint32_t headers[kMaxRanks][kNumHeaderWords];
@@ -42,7 +42,8 @@ __device__ void post_counts(const NotifyArgs& args, uint32_t epoch) {
     const Domain& domain = args.domain;
     const int num_local_experts = args.num_experts / domain.num_ranks;
     const bool is_valid = args.status == kStatusValid;
-    const int num_words = kNumHeaderWords + (is_valid ? domain.num_ranks + num_local_experts : 0);
+    // Header and rank counts always go out, so that peers can wait for both at once; a refused call sends nothing to anybody.
+    const int num_words = kNumHeaderWords + domain.num_ranks + (is_valid ? num_local_experts : 0);
     for (int i = threadIdx.x; i < domain.num_ranks * num_words; i += kNumThreads) {
         const int dst_rank = i / num_words;
         const int word = i % num_words;
@@ -50,7 +51,7 @@ __device__ void post_counts(const NotifyArgs& args, uint32_t epoch) {
         if (word < kNumHeaderWords)
             value = header_word(args, word);
         else if (word < kNumHeaderWords + domain.num_ranks)
-            value = static_cast<uint32_t>(args.num_tokens_per_rank[word - kNumHeaderWords]);
+            value = is_valid ? static_cast<uint32_t>(args.num_tokens_per_rank[word - kNumHeaderWords]) : 0;
         else
             value = static_cast<uint32_t>(
                 args.num_tokens_per_expert[dst_rank * num_local_experts + word - kNumHeaderWords - domain.num_ranks]);
@@ -63,37 +64,29 @@ __device__ void post_counts(const NotifyArgs& args, uint32_t epoch) {
 __device__ void collect_counts(const NotifyArgs& args, const WaitContext& context, Shared& shared) {
     const Domain& domain = args.domain;
     const int num_ranks = domain.num_ranks;
+    const int num_words = kNumHeaderWords + num_ranks;  // of each rank: header, then rank counts
     const int tid = static_cast<int>(threadIdx.x);
-    if (tid == 0) shared.mismatch_mask = shared.bad_count_mask = 0;
-    __syncthreads();
-    if (tid < num_ranks * kNumHeaderWords) {
-        const int src_rank = tid / kNumHeaderWords;
-        const int word = tid % kNumHeaderWords;
+    if (tid < num_ranks * num_words) {
+        const int src_rank = tid / num_words;
+        const int word = tid % num_words;
         const uint64_t* words = domain.window.counts(domain.arenas[domain.rank], context.epoch, src_rank);
         uint32_t value = 0;
         const bool came = wait_signal(context, words + word, context.epoch, Phase::kHeader, src_rank, &value);
-        shared.headers[src_rank][word] = came ? value : (word == kHeaderStatus ? kStatusInvalid : 0);
-        const bool is_shared_fact = word >= kHeaderFields || word == kHeaderNumExperts;
-        const bool differs = (word == kHeaderStatus && value != kStatusValid) || (is_shared_fact && value != header_word(args, word));
-        if (!came || differs) atomicOr(&shared.mismatch_mask, 1u << src_rank);
-    }
-    __syncthreads();
-    const bool is_agreed = shared.mismatch_mask == 0;
-    if (tid < num_ranks * num_ranks) {
-        const int src_rank = tid / num_ranks;
-        const int dst_rank = tid % num_ranks;
-        const uint64_t* words = domain.window.counts(domain.arenas[domain.rank], context.epoch, src_rank);
-        uint32_t value = 0;
-        // A rank that disagrees about the number of experts, or refused, may not have posted counts: then nobody's are used.
-        if (is_agreed && !wait_signal(context, words + kNumHeaderWords + dst_rank, context.epoch, Phase::kCounts, src_rank, &value))
-            atomicOr(&shared.mismatch_mask, 1u << src_rank);
-        // Sums of eight such counts stay below 2^31.
-        if (value >= (1u << 28)) {
-            report_error(context, ErrorKind::kBadCount, Phase::kCounts, src_rank, value, 0, 0);
-            atomicOr(&shared.bad_count_mask, 1u << src_rank);
-            value = 0;
+        if (word < kNumHeaderWords) {
+            shared.headers[src_rank][word] = came ? value : (word == kHeaderStatus ? kStatusInvalid : 0);
+            const bool is_shared_fact = word >= kHeaderFields || word == kHeaderNumExperts;
+            const bool differs = (word == kHeaderStatus && value != kStatusValid) || (is_shared_fact && value != header_word(args, word));
+            if (!came || differs) atomicOr(&shared.mismatch_mask, 1u << src_rank);
+        } else {
+            // Sums of eight such counts stay below 2^31.
+            if (value >= (1u << 28)) {
+                report_error(context, ErrorKind::kBadCount, Phase::kCounts, src_rank, value, 0, 0);
+                atomicOr(&shared.bad_count_mask, 1u << src_rank);
+                value = 0;
+            }
+            if (!came) atomicOr(&shared.mismatch_mask, 1u << src_rank);
+            shared.counts[src_rank][word - kNumHeaderWords] = static_cast<int32_t>(value);
         }
-        shared.counts[src_rank][dst_rank] = static_cast<int32_t>(value);
     }
     __syncthreads();
     const bool is_usable = shared.mismatch_mask == 0 && shared.bad_count_mask == 0;
@@ -152,48 +145,63 @@ __device__ void publish_counts(const NotifyArgs& args, const WaitContext& contex
     }
 }
 
-// Numbers the tokens that go to dst_rank in token order, behind the rows of the sources before this rank.
-__device__ void number_tokens(const NotifyArgs& args, const WaitContext& context, Shared& shared, int dst_rank) {
-    const int num_ranks = args.domain.num_ranks;
-    const int rank = args.domain.rank;
-    const int lane = threadIdx.x % 32;
-    const int warp = threadIdx.x / 32;
-    const int32_t end = shared.prefix[rank][dst_rank];
-    int32_t next = rank == 0 ? 0 : shared.prefix[rank - 1][dst_rank];
-    bool fits = true;
-    for (int64_t tile = 0; tile < args.num_tokens; tile += kNumThreads * kTokensPerThread) {
-        const int64_t first = tile + static_cast<int64_t>(threadIdx.x) * kTokensPerThread;
+// A tile of tokens, eight neighbours to a thread: which of them go to dst_rank, and how many of the tile's go there before this thread's.
+struct Tile {
+    uint32_t mask;
+    int32_t before;
+    int32_t total;
+
+    __device__ static Tile scan(const NotifyArgs& args, Shared& shared, int64_t first, int dst_rank) {
+        const int num_ranks = args.domain.num_ranks;
+        const int lane = threadIdx.x % 32;
+        const int warp = threadIdx.x / 32;
         uint32_t mask = 0;
+#pragma unroll
         for (int i = 0; i < kTokensPerThread; ++i)
-            if (first + i < args.num_tokens && args.is_token_in_rank[(first + i) * num_ranks + dst_rank]) mask |= 1u << i;
+            mask |= (first + i < args.num_tokens && args.is_token_in_rank[(first + i) * num_ranks + dst_rank] ? 1u : 0u) << i;
         const int32_t mine = __popc(mask);
-        int32_t before = mine;  // inclusive over the warp's lanes
+        int32_t inclusive = mine;
+#pragma unroll
         for (int offset = 1; offset < 32; offset *= 2) {
-            const int32_t other = __shfl_up_sync(~0u, before, offset);
-            if (lane >= offset) before += other;
+            const int32_t other = __shfl_up_sync(~0u, inclusive, offset);
+            if (lane >= offset) inclusive += other;
         }
         __syncthreads();  // the previous tile's sums have been read
-        if (lane == 31) shared.warp_sums[warp] = before;
+        if (lane == 31) shared.warp_sums[warp] = inclusive;
         __syncthreads();
         int32_t warps_before = 0, total = 0;
+#pragma unroll
         for (int i = 0; i < kNumWarps; ++i) {
             const int32_t sum = shared.warp_sums[i];
             warps_before += i < warp ? sum : 0;
             total += sum;
         }
-        int32_t row = next + warps_before + before - mine;
-        for (int i = 0; i < kTokensPerThread && first + i < args.num_tokens; ++i) {
-            const bool is_in = mask >> i & 1;
+        return {mask, warps_before + inclusive - mine, total};
+    }
+};
+
+// Numbers the tokens that go to dst_rank in token order, behind the rows of the sources before this rank. The first tile was scanned while the
+// counts were on their way.
+__device__ void number_tokens(const NotifyArgs& args, const WaitContext& context, Shared& shared, int dst_rank, Tile tile) {
+    const int num_ranks = args.domain.num_ranks;
+    const int rank = args.domain.rank;
+    const int32_t end = shared.prefix[rank][dst_rank];
+    int32_t next = rank == 0 ? 0 : shared.prefix[rank - 1][dst_rank];
+    for (int64_t begin = 0; begin < args.num_tokens; begin += kTileTokens) {
+        const int64_t first = begin + static_cast<int64_t>(threadIdx.x) * kTokensPerThread;
+        if (begin > 0) tile = Tile::scan(args, shared, first, dst_rank);
+        int32_t row = next + tile.before;
+#pragma unroll
+        for (int i = 0; i < kTokensPerThread; ++i) {
+            const bool is_in = tile.mask >> i & 1;
             // Rows beyond the announced number belong to somebody else; they are never used.
-            const bool is_announced = is_in && row < end;
-            args.send_head[(first + i) * num_ranks + dst_rank] = is_announced ? row : -1;
+            if (first + i < args.num_tokens) args.send_head[(first + i) * num_ranks + dst_rank] = is_in && row < end ? row : -1;
             row += is_in;
         }
-        next += total;
-        fits = next <= end;
+        next += tile.total;
     }
     const bool is_usable = shared.mismatch_mask == 0 && shared.bad_count_mask == 0;
-    if (threadIdx.x == 0 && is_usable && (next != end || !fits))
+    if (threadIdx.x == 0 && is_usable && next != end)
         report_error(context, ErrorKind::kLayoutMismatch, Phase::kRows, dst_rank, next, end, 0);
 }
 
@@ -204,11 +212,16 @@ __global__ void __launch_bounds__(kNumThreads, 1) exchange_counts_kernel(const _
     constexpr int kOp = static_cast<int>(Op::kNotify);
     const WaitContext context{domain.host, state, Op::kNotify, domain.rank, ptx::load_relaxed_gpu(&state->epochs[kOp]) + 1};
 
+    const int dst_rank = blockIdx.x;
+    const bool is_valid = args.status == kStatusValid;
+    if (threadIdx.x == 0) shared.mismatch_mask = shared.bad_count_mask = 0;
     post_counts(args, context.epoch);
+    Tile tile{};
+    if (is_valid) tile = Tile::scan(args, shared, static_cast<int64_t>(threadIdx.x) * kTokensPerThread, dst_rank);
+    __syncthreads();
     collect_counts(args, context, shared);
     if (blockIdx.x == 0) publish_counts(args, context, shared);
-    if (args.status == kStatusValid)
-        for (int dst_rank = blockIdx.x; dst_rank < domain.num_ranks; dst_rank += gridDim.x) number_tokens(args, context, shared, dst_rank);
+    if (is_valid) number_tokens(args, context, shared, dst_rank, tile);
 
     // The last block that has read the epoch moves it on.
     __syncthreads();

@@ -87,7 +87,7 @@ def find(environment: Environment | None = None) -> list[Finding]:
                     features=[],
                     max_ranks=None,
                     priority=None,
-                    obstacles=[f"not installed. Install the package {distribution}"],
+                    obstacles=[f"it is not installed. Install the package {distribution}"],
                 )
             )
     return found
@@ -110,33 +110,35 @@ def backends(
     console = Console()
     environment = registry.local_environment()
     gpus = f"{environment.num_gpus} GPU{'s' if environment.num_gpus != 1 else ''}" if environment.num_gpus else "no GPU"
-    table = Table(title=f"Backends on this machine ({gpus})", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
-    table.add_column("name", style="bold")
-    table.add_column("package")
-    table.add_column("modes")
-    table.add_column("devices")
-    table.add_column("abilities", style="dim", max_width=30)
-    table.add_column("here", max_width=60)
+    table = Table(
+        title=f"Backends on this machine ({gpus})", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD
+    )
+    table.add_column("name", style="bold", no_wrap=True)
+    table.add_column("package", no_wrap=True)
+    table.add_column("modes", no_wrap=True)
+    table.add_column("devices", no_wrap=True)
+    table.add_column("abilities", style="dim")
+    table.add_column("here", no_wrap=True)
     for finding in found:
-        package = f"{finding.distribution or '?'}\n{finding.version or 'not installed'}"
-        here = (
-            Text("can serve", style="green")
-            if finding.serves
-            else Text("\n".join(finding.obstacles), style="dim" if finding.version is None else "yellow")
-        )
-        modes = "\n".join(mode.replace("_", " ") for mode in finding.modes)
+        verdict = ("can serve", "green") if finding.serves else ("cannot serve", "yellow")
         table.add_row(
             finding.name,
-            package,
-            modes,
-            ", ".join(finding.devices),
+            f"{finding.distribution or '?'}\n{finding.version or 'not installed'}",
+            "\n".join(mode.replace("_", " ") for mode in finding.modes),
+            "\n".join(finding.devices),
             ", ".join(finding.features),
-            here,
+            Text(*verdict) if finding.version is not None else Text("not installed"),
             style="dim" if finding.version is None else "",
         )
     console.print(table)
+    for finding in found:
+        if finding.version is not None:
+            for obstacle in finding.obstacles:
+                console.print(Text.assemble((f"{finding.name} cannot serve here: ", "yellow"), obstacle))
     able = [finding.name for finding in found if finding.serves]
     if able:
-        console.print(f"A buffer that names no backend takes the first of these that serves its group: {', '.join(able)}.")
+        console.print(
+            f"A buffer that names no backend takes the first of these that serves its group: {', '.join(able)}."
+        )
     else:
         console.print("[bold red]No backend can serve here.[/] Install deepep-reference, which runs anywhere.")

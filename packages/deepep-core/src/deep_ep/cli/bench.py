@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import sys
 from pathlib import Path
@@ -30,21 +31,28 @@ _DEFAULTS = {
 def bench(
     mode: Annotated[str, typer.Option(help="normal or low-latency.")] = "normal",
     num_ranks: Annotated[
-        int, typer.Option("--ranks", min=0, help="Local processes; 0: one per GPU, or 4 without. torchrun brings its own.")
+        int,
+        typer.Option("--ranks", min=0, help="Local processes; 0: one per GPU, or 4 without. torchrun brings its own."),
     ] = 0,
-    tokens: Annotated[int | None, typer.Option(min=1, help="Tokens per rank. [normal 4096, low-latency 128; less on CPU]")] = None,
+    tokens: Annotated[
+        int | None, typer.Option(min=1, help="Tokens per rank. [normal 4096, low-latency 128; less on CPU]")
+    ] = None,
     hidden: Annotated[int | None, typer.Option(min=16, help="Columns of a row. [7168; 1024 on CPU]")] = None,
     topk: Annotated[int, typer.Option(min=1, help="Experts of a token.")] = 8,
     experts: Annotated[
         int | None, typer.Option(min=1, help="Experts of all ranks. [normal 256, low-latency 288; less on CPU]")
     ] = None,
-    dtype: Annotated[str | None, typer.Option(help="Of dispatched rows: bf16 or fp8. [fp8 on GPU, bf16 on CPU]")] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of dispatched rows: bf16 or fp8. [fp8 on GPU, bf16 on CPU]")
+    ] = None,
     num_sms: Annotated[
         str, typer.Option(help="SM counts to measure at, with commas: 8,16,24. Empty: the backend's choice.")
     ] = "",
     iterations: Annotated[int, typer.Option(min=2, help="Measured calls of each operation.")] = 30,
     warmup: Annotated[int, typer.Option(min=1, help="Calls before the first measured one.")] = 5,
-    backend: Annotated[str | None, typer.Option(help="A backend's name; the fastest that can serve if not given.")] = None,
+    backend: Annotated[
+        str | None, typer.Option(help="A backend's name; the fastest that can serve if not given.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda; auto wants one GPU per rank.")] = "auto",
     output: Annotated[
         Path, typer.Option(help="Where the JSON record goes; the plot goes beside it with the suffix .png.")
@@ -117,13 +125,8 @@ def _settings(
         raise typer.BadParameter(f"'{mode}' is not one of normal, low-latency.", param_hint="--mode")
     if dtype not in (None, "bf16", "fp8"):
         raise typer.BadParameter(f"'{dtype}' is not one of bf16, fp8.", param_hint="--dtype")
-    if launched_externally():
-        import os
-
-        world, local = int(os.environ["WORLD_SIZE"]), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    else:
-        world = num_ranks or (torch.cuda.device_count() if device != "cpu" else 0) or 4
-        local = world
+    world = ranks.world_size(num_ranks or (torch.cuda.device_count() if device != "cpu" else 0) or 4)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if launched_externally() else world
     chosen = ranks.choose_device(device, local)
     usual = _DEFAULTS[mode, chosen]
     shape = Shape(

@@ -62,18 +62,20 @@ def rows(shape: Shape, rank: torch.Tensor | int, tokens: torch.Tensor, seed: int
     column = torch.arange(shape.hidden, device=device)
     number = torch.as_tensor(rank, device=device) * shape.tokens + tokens
     for first in range(0, tokens.shape[0], _BLOCK_ROWS):
-        mixed = (number[first : first + _BLOCK_ROWS, None] * shape.hidden + column) * 0x9E3779B97F4A7C1 + seed * 0x51ED27
+        mixed = (
+            number[first : first + _BLOCK_ROWS, None] * shape.hidden + column
+        ) * 0x9E3779B97F4A7C1 + seed * 0x51ED27
         mixed = (mixed ^ (mixed >> 29)) * 0x3F58476D1CE4E5B9
         found[first : first + _BLOCK_ROWS] = (((mixed >> 32) & 0xFF) - 128).float() / 64
     return found
 
 
-def payload(shape: Shape, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+def payload(shape: Shape, x: torch.Tensor) -> Any:
     """What normal-mode dispatch is given for bf16 rows: themselves, or their e4m3 blocks with scales."""
     return nn.quantise_fp8_blocks(x) if shape.dtype == "fp8" else x
 
 
-def as_bf16(received: torch.Tensor | tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+def as_bf16(received: Any) -> torch.Tensor:
     """bf16 rows again."""
     return nn.dequantise(*received).to(torch.bfloat16) if isinstance(received, tuple) else received
 
@@ -91,7 +93,7 @@ class InputSet:
 
     seed: int
     x: torch.Tensor
-    sent: torch.Tensor | tuple[torch.Tensor, torch.Tensor]
+    sent: Any
     topk_idx: torch.Tensor
     topk_weights: torch.Tensor
     in_rank: torch.Tensor
@@ -142,7 +144,7 @@ def stand_in_for_experts(received: Any, rank: int) -> torch.Tensor:
 
 
 def expected_combine(shape: Shape, inputs: InputSet, ranks_per_node: int) -> torch.Tensor:
-    """bf16 ``[T, H]`` by the numerical contract: ranks ascending in float32, one rounding per node if there are several."""
+    """bf16 ``[T, H]`` by the numerical contract: ranks ascending in float32; several nodes round each its own."""
     x = as_bf16(inputs.sent)
     total = torch.zeros(x.shape, device=x.device)
     for node in range(shape.num_ranks // ranks_per_node):
@@ -170,7 +172,9 @@ def check_low_latency_dispatch(shape: Shape, rank: int, seed: int, received: Any
             tokens = src_info[local, begin : begin + count].long()
             wanted = (chosen == rank * per_rank + local).any(-1).nonzero().flatten()
             if not torch.equal(tokens.cpu().sort().values, wanted):
-                return f"expert {rank * per_rank + local} got {count} tokens of rank {source}, expected {wanted.numel()}"
+                return (
+                    f"expert {rank * per_rank + local} got {count} tokens of rank {source}, expected {wanted.numel()}"
+                )
             expected = payload(replace(shape, dtype="fp8" if is_cast else "bf16"), rows(shape, source, tokens, seed))
             actual = values[local, begin : begin + count]
             if is_cast and not torch.equal(received[1][local, begin : begin + count], expected[1]):

@@ -22,7 +22,7 @@ from rich.text import Text
 
 from .bench_job import BenchResult, BenchSettings, Measurement
 from .machine import installed_version, query
-from .show import bytes_text, microseconds
+from .show import bytes_text, duration, rate, span
 
 FORMAT = 1
 _COLOURS = {"deep_ep": "#2b6cb0", "all-to-all": "#dd6b20", "all-gather + reduce-scatter": "#718096"}
@@ -57,43 +57,53 @@ def show(console: Console, settings: BenchSettings, result: BenchResult) -> None
             expand=False,
         )
     )
-    table = Table(box=box.SIMPLE_HEAD)
-    table.add_column("who", style="bold")
-    table.add_column("what")
+    has_limit = any(m.wire_efficiency is not None for m in result.measurements)
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    table.add_column("", no_wrap=True)
     if settings.num_sms:
         table.add_column("SMs", justify="right")
-    for name in ("median", "10 % to 90 %", "leaves a rank", "GB/s", "GB/s logical"):
-        table.add_column(name, justify="right")
-    table.add_column("of push limit", justify="right")
+    table.add_column("median", justify="right", no_wrap=True)
+    table.add_column("10 to 90 %", justify="right", no_wrap=True)
+    table.add_column("bytes", justify="right", no_wrap=True)
+    table.add_column("GB/s", justify="right", no_wrap=True)
+    table.add_column("logical", justify="right", no_wrap=True)
+    if has_limit:
+        table.add_column("of limit", justify="right")
     best = _best(result.measurements)
-    previous = ""
+    contender = ""
     for m in result.measurements:
-        if m.contender != previous and previous:
-            table.add_section()
-        cells = [m.contender if m.contender != previous else "", m.operation]
-        previous = m.contender
+        if m.contender != contender:
+            if contender:
+                table.add_section()
+            contender = m.contender
+            name = f"{contender}, {result.backend}" if contender == "deep_ep" else contender
+            table.add_row(Text(name, style="bold"))
+        cells: list[Text | str] = [f"  {m.operation}"]
         if settings.num_sms:
             cells.append(str(m.num_sms or ""))
         if m.failure:
-            table.add_row(*cells, Text(f"could not run: {m.failure}", style="yellow"))
+            table.add_row(*cells, Text("could not run", style="yellow"))
             continue
-        is_best = best.get(m.operation) is m
-        table.add_row(
-            *cells,
-            Text(microseconds(m.seconds), style="bold green" if is_best else ""),
-            f"{microseconds(m.fastest)} to {microseconds(m.slowest)}",
+        cells += [rate(m.physical_gbps), rate(m.logical_gbps)]
+        if has_limit:
+            cells.append(f"{m.wire_efficiency:.0%}" if m.wire_efficiency is not None else "")
+        timed: list[Text | str] = [
+            Text(duration(m.seconds), style="bold green" if best.get(m.operation) is m else ""),
+            span(m.fastest, m.slowest),
             bytes_text(m.physical_bytes),
-            f"{m.physical_gbps:.2f}",
-            f"{m.logical_gbps:.2f}",
-            f"{m.wire_efficiency:.0%}" if m.wire_efficiency is not None else "",
-        )
+        ]
+        at = 2 if settings.num_sms else 1
+        table.add_row(*cells[:at], *timed, *cells[at:])
     console.print(table)
     console.print(
-        f"[dim]{settings.iterations} iterations after {settings.warmup}; median over iterations of the maximum over ranks; "
-        "calls follow one another, inputs rotate. GB/s: bytes that leave a rank; logical: with the copies that stay. "
-        "Green: fastest of its kind.[/]",
+        f"[dim]{settings.iterations} iterations after {settings.warmup}; median over iterations of the maximum over "
+        "ranks; calls follow one another, inputs rotate. Bytes and GB/s: what has to leave a rank; logical: with the "
+        "copies that stay on it. Green: fastest of its kind.[/]",
         highlight=False,
     )
+    for m in result.measurements:
+        if m.failure:
+            console.print(Text(f"{m.contender}, {m.operation}, could not run: {m.failure}", style="yellow"))
     for num_sms, limit in result.push_limit_gbps.items():
         console.print(f"push limit measured in this run at {num_sms} SMs: {limit:.0f} GB/s per rank", highlight=False)
     if result.faults:
@@ -170,7 +180,9 @@ def _hardware(result: BenchResult) -> dict[str, Any]:
             "gpu_sms": properties.multi_processor_count,
             "gpu_memory_bytes": properties.total_memory,
             "gpu_l2_bytes": properties.L2_cache_size,
-            "driver": (query(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]) or "").split("\n")[0],
+            "driver": (query(["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]) or "").split("\n")[
+                0
+            ],
         }
     return found
 
@@ -225,7 +237,7 @@ def draw(settings: BenchSettings, result: BenchResult, path: Path) -> None:
         if len(settings.num_sms) > 1:
             _curves(axis, rows, scale)
         else:
-            _bars(axis, rows, scale, unit)
+            _bars(axis, rows, scale)
         axis.set_ylim(bottom=0)
     axes[0].set_ylabel(f"{unit} (median of the slowest rank)")
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -248,11 +260,15 @@ def _curves(axis: Any, rows: list[Measurement], scale: float) -> None:
     axis.legend(frameon=False, fontsize=8)
 
 
-def _bars(axis: Any, rows: list[Measurement], scale: float, unit: str) -> None:
+def _bars(axis: Any, rows: list[Measurement], scale: float) -> None:
     for i, m in enumerate(rows):
-        value = m.seconds * scale
-        error = [[(m.seconds - m.fastest) * scale], [(m.slowest - m.seconds) * scale]]
-        axis.bar(i, value, width=0.7, color=_COLOURS[m.contender], yerr=error, ecolor="#9aa5b1", capsize=4)
-        axis.text(i, value / 2, f"{value:.3g} {unit}\n{m.physical_gbps:.3g} GB/s", ha="center", va="center", color="white")
-    labels = [m.contender.replace(" + ", " +\n") for m in rows]
+        spread = [[(m.seconds - m.fastest) * scale], [(m.slowest - m.seconds) * scale]]
+        axis.bar(i, m.seconds * scale, width=0.7, color=_COLOURS[m.contender], yerr=spread, ecolor="#9aa5b1", capsize=4)
+    labels = [
+        f"{m.contender.replace(' + ', ' +' + chr(10))}\n{duration(m.seconds)}\n{rate(m.physical_gbps)} GB/s"
+        for m in rows
+    ]
     axis.set_xticks(range(len(rows)), labels, fontsize=9)
+    if rows:
+        # One straggling iteration on a busy machine must not squeeze the bars.
+        axis.set_ylim(top=min(max(m.slowest for m in rows) * 1.05, max(m.seconds for m in rows) * 2) * scale)

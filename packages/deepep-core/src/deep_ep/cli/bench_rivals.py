@@ -71,7 +71,7 @@ class AllToAll:
 
 
 class AllGatherReduceScatter:
-    """Every row to every rank; combine sums whole matrices in bf16. Leaves out what placing rows by expert would cost."""
+    """Every row to every rank; combine sums whole matrices in bf16. Placing rows by expert would cost extra."""
 
     name = "all-gather + reduce-scatter"
 
@@ -90,7 +90,10 @@ class AllGatherReduceScatter:
     def combine(self, inputs: InputSet) -> torch.Tensor:
         if self._partials is None:
             self._partials = torch.ones(
-                self.shape.num_ranks * self.shape.tokens, self.shape.hidden, dtype=torch.bfloat16, device=inputs.x.device
+                self.shape.num_ranks * self.shape.tokens,
+                self.shape.hidden,
+                dtype=torch.bfloat16,
+                device=inputs.x.device,
             )
         total = torch.empty_like(inputs.x)
         self._scatter(total, self._partials, group=self.group)

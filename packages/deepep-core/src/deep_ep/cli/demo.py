@@ -46,12 +46,12 @@ def demo(
     ] = None,
     num_ranks: Annotated[int, typer.Option("--ranks", min=1, help="Local processes (torchrun brings its own).")] = 4,
     tokens: Annotated[int, typer.Option(min=1, help="At most this many bytes of the text per rank.")] = 512,
-    hidden: Annotated[int, typer.Option(min=8, help="Columns of a token's row; a multiple of 8.")] = 512,
+    hidden: Annotated[int, typer.Option(min=128, help="Columns of a token's row; a multiple of 128.")] = 256,
     width: Annotated[int, typer.Option(min=1, help="Inner width of an expert.")] = 128,
     experts: Annotated[int, typer.Option(min=1, help="Experts of all ranks together.")] = 32,
-    topk: Annotated[int, typer.Option(min=1, help="Experts of a token.")] = 8,
+    topk: Annotated[int, typer.Option(min=1, help="Experts of a token.")] = 6,
     groups: Annotated[int, typer.Option(min=1, help="Groups of experts.")] = 8,
-    selected_groups: Annotated[int, typer.Option(min=1, help="Groups that a token may use.")] = 4,
+    selected_groups: Annotated[int, typer.Option(min=1, help="Groups that a token may use.")] = 3,
     low_latency_tokens: Annotated[
         int, typer.Option(min=4, help="Tokens of a rank's micro-batch in low-latency mode; a multiple of 4.")
     ] = 64,
@@ -82,7 +82,7 @@ def demo(
     if not text:
         raise typer.BadParameter(f"{source} is empty.", param_hint="FILE")
     settings = DemoSettings(
-        text=text[: num_ranks_of_run(num_ranks) * tokens],
+        text=text[: ranks.world_size(num_ranks) * tokens],
         tokens=tokens,
         hidden=hidden,
         width=width,
@@ -95,7 +95,7 @@ def demo(
         seed=seed,
         plant=plant_error,
     )
-    _check(settings, num_ranks_of_run(num_ranks))
+    _check(settings, ranks.world_size(num_ranks))
     started = time.perf_counter()
     try:
         if launched_externally():
@@ -117,13 +117,6 @@ def demo(
         console.print(f"picture  [bold]{picture}[/]", highlight=False)
     console.print(_verdict(report, settings, time.perf_counter() - started))
     raise typer.Exit(0 if report.agrees else 1)
-
-
-def num_ranks_of_run(num_ranks: int) -> int:
-    """The launcher's number of ranks under a launcher, else ``num_ranks``."""
-    import os
-
-    return int(os.environ["WORLD_SIZE"]) if launched_externally() else num_ranks
 
 
 def _check(settings: DemoSettings, num_ranks: int) -> None:
@@ -148,8 +141,10 @@ def _check(settings: DemoSettings, num_ranks: int) -> None:
         raise typer.BadParameter(
             f"token {settings.plant} is not among the {len(settings.text)} in use.", param_hint="--plant-error"
         )
-    if settings.hidden % 8:
-        raise typer.BadParameter(f"{settings.hidden} is not a multiple of 8.", param_hint="--hidden")
+    if settings.hidden % 128:
+        raise typer.BadParameter(
+            f"{settings.hidden} is not a multiple of 128, which low-latency mode needs.", param_hint="--hidden"
+        )
 
 
 # --- tables ---------------------------------------------------------------------------------------------------------
@@ -162,7 +157,7 @@ def show(console: Console, report: DemoReport, settings: DemoSettings, source: s
         f"[bold]{source}[/], {sum(report.num_tokens)} bytes, one token each\n"
         f"{report.num_ranks} ranks on {report.device}, backend [bold]{' and '.join(chosen)}[/]\n"
         f"hidden {settings.hidden}, {settings.num_experts} experts of width {settings.width}, top-{settings.num_topk} "
-        f"from {settings.num_selected_groups} of {settings.num_groups} groups"
+        f"from {settings.num_selected_groups} of {settings.num_groups} groups of experts"
     )
     console.print(Panel(facts, title="deepep demo", title_align="left", box=box.ROUNDED, expand=False))
     console.print(_traffic(report))
@@ -172,17 +167,12 @@ def show(console: Console, report: DemoReport, settings: DemoSettings, source: s
 
 
 def _traffic(report: DemoReport) -> Table:
-    table = Table(
-        title="Tokens and bytes sent, from rank (down) to rank (across)",
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-    )
+    table = _table("Tokens and bytes sent, from rank (down) to rank (across)")
     table.add_column("from", justify="right", style="bold")
     for rank in range(report.num_ranks):
         table.add_column(f"to {rank}", justify="right")
-    table.add_column("tokens held", justify="right", style="dim")
-    table.add_column("leaving the rank", justify="right")
+    table.add_column("held", justify="right", style="dim")
+    table.add_column("leave", justify="right")
     most = max((max(row) for row in report.sent), default=0)
     for rank, row in enumerate(report.sent):
         cells = [
@@ -200,9 +190,7 @@ def _traffic(report: DemoReport) -> Table:
 
 
 def _load(report: DemoReport) -> Table:
-    table = Table(
-        title="Expert load (tokens per expert)", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD
-    )
+    table = _table("Expert load (tokens per expert)")
     table.add_column("rank", justify="right", style="bold")
     table.add_column("experts")
     table.add_column("one bar each")
@@ -225,42 +213,43 @@ def _load(report: DemoReport) -> Table:
 
 
 def _times(report: DemoReport) -> Table:
-    table = Table(title="Time (slowest rank)", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
+    table = _table("Time (slowest rank)")
     table.add_column("step")
     table.add_column("ms", justify="right")
     table.add_column("")
     most = max(report.times_ms.values())
     for name, value in report.times_ms.items():
-        table.add_row(name, f"{value:.1f}", Text("█" * round(24 * value / most), style="cyan"))
+        table.add_row(name, f"{value:.1f}", Text("█" * max(1, round(24 * value / most)), style="cyan"))
     return table
 
 
 def _comparison(report: DemoReport) -> Table:
-    table = Table(
-        title="Compared with the same layer in one process (float64)",
-        title_justify="left",
-        title_style="bold",
-        box=box.SIMPLE_HEAD,
-    )
-    table.add_column("mode", style="dim")
-    table.add_column("what")
-    table.add_column("values", justify="right")
-    table.add_column("max error", justify="right")
-    table.add_column("of tolerance", justify="right")
-    table.add_column("verdict")
+    table = _table("Compared with the same layer in one process (float64)")
+    table.add_column("what", no_wrap=True)
+    table.add_column("values", justify="right", no_wrap=True)
+    table.add_column("max error", justify="right", no_wrap=True)
+    table.add_column("tolerance used", justify="right")
+    table.add_column("verdict", no_wrap=True)
+    mode = ""
     for check in report.checks:
+        if check.mode != mode:
+            if mode:
+                table.add_section()
+            mode = check.mode
+            table.add_row(Text(f"{mode} mode", style="bold"))
         difference = check.difference
         table.add_row(
-            check.mode,
-            check.what,
+            f"  {check.what}",
             f"{check.count:,}",
-            f"{difference.max_error:.2e}" if difference.max_error else "0",
-            f"{difference.max_share:.0%}" if difference.max_share < 100 else "> 100×",
-            Text("agrees", style="green")
-            if check.agrees
-            else Text(f"differs from {check.rows} {check.first}", "bold red"),
+            f"{difference.max_error:.1e}" if difference.max_error else "0",
+            f"{difference.max_share:.0%}" if difference.max_share < 100 else "> 10000%",
+            Text("agrees", style="green") if check.agrees else Text(f"{check.rows} {check.first} off", "bold red"),
         )
     return table
+
+
+def _table(title: str) -> Table:
+    return Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD)
 
 
 def excerpt(text: bytes, at: int, *, around: int = 24) -> Text:

@@ -202,7 +202,7 @@ def run_demo(context: RankContext, settings: DemoSettings) -> DemoReport | bool:
         report = DemoReport(
             num_ranks=context.num_ranks,
             device=torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
-            backends=dict(buffer.backends),
+            backends=dict(buffer.backends.items()),
             num_tokens=[int(t.shape[0]) for t in normal.gathered["output"]],
             sent=torch.stack(normal.gathered["sent"]).squeeze(1).tolist(),
             row_bytes=settings.hidden * 2,
@@ -281,11 +281,10 @@ def _low_latency_mode(context: RankContext, settings: DemoSettings, layer: nn.Mo
     first, second = x[:size], x[size : 2 * size]
     timed = _Clock(context)
     local = {"first": first, "second": second}
-    casts = {"bf16": False} | ({"fp8": True} if settings.hidden % 128 == 0 else {})
-    for cast, use_fp8 in casts.items():
+    for cast, use_fp8 in (("bf16", False), ("fp8", True)):
         for is_warm in (False, True):
             # The hook at work: the first micro-batch travels while the second one is in attention, and the other way.
-            with timed(f"two micro-batches, {cast}, overlapped"):
+            with timed(f"low-latency, 2 batches, {cast}, overlapped"):
                 step = layer.low_latency(first, use_fp8=use_fp8)
                 attended = attention(second.float()).to(torch.bfloat16)
                 step.compute()
@@ -293,12 +292,12 @@ def _low_latency_mode(context: RankContext, settings: DemoSettings, layer: nn.Mo
                 out_first = step.result()
                 other.compute()
                 out_second = other.result()
-            with timed(f"two micro-batches, {cast}, one by one"):
+            with timed(f"low-latency, 2 batches, {cast}, in turn"):
                 layer.low_latency(first, use_fp8=use_fp8).result()
                 layer.low_latency(attention(second.float()).to(torch.bfloat16), use_fp8=use_fp8).result()
             if is_warm:
                 local |= {f"first {cast}": out_first, f"second {cast}": out_second}
-    with timed("attention alone"):
+    with timed("low-latency, attention alone"):
         attended = attention(second.float()).to(torch.bfloat16)
     local |= {
         "attended": attended,
@@ -359,14 +358,14 @@ def _checks(settings: DemoSettings, num_ranks: int, normal: _Pass, low_latency: 
         first = row if row is None or numbers is None else int(numbers[row])
         checks.append(Check(mode=mode, what=what, rows=rows, count=actual.numel(), difference=difference, first=first))
 
-    def route(mode: str, x: torch.Tensor, topk_idx: torch.Tensor, numbers: torch.Tensor) -> None:
+    def route(mode: str, what: str, x: torch.Tensor, topk_idx: torch.Tensor, numbers: torch.Tensor) -> None:
         wrong = check.misrouted(x, topk_idx)
         first = int(wrong[0]) if wrong.numel() else None
         error = float(wrong.numel() > 0)
         checks.append(
             Check(
                 mode=mode,
-                what="chosen experts",
+                what=what,
                 rows="token",
                 count=topk_idx.numel(),
                 difference=nn.Difference(max_error=error, max_share=error and float("inf"), first_row=first),
@@ -379,26 +378,25 @@ def _checks(settings: DemoSettings, num_ranks: int, normal: _Pass, low_latency: 
     embedded = Embedding(settings).rows(settings.text, 0, whole["x"].shape[0])
     exact = nn.Expected(value=embedded.double(), tolerance=torch.zeros(embedded.shape, dtype=torch.float64))
     compare("normal", "embedded bytes", exact, whole["x"], numbers)
-    route("normal", whole["x"], whole["topk_idx"], numbers)
+    route("normal", "chosen experts", whole["x"], whole["topk_idx"], numbers)
     expected = check.normal(whole["x"], whole["topk_idx"], whole["direction"])
     compare("normal", "output", expected["output"], whole["output"], numbers)
-    compare("normal", "gradient of the tokens", expected["grad x"], whole["grad x"], numbers)
-    compare("normal", "gradient of the gate", expected["grad gate"], normal.gathered["grad gate"][0], rows="expert")
+    compare("normal", "gradient, tokens", expected["grad x"], whole["grad x"], numbers)
+    compare("normal", "gradient, gate", expected["grad gate"], normal.gathered["grad gate"][0], rows="expert")
     for name in ("gate_up", "down"):
-        compare("normal", f"gradient of {name}", expected[f"grad {name}"], whole[f"grad {name}"], rows="expert")
+        compare("normal", f"gradient, experts' {name}", expected[f"grad {name}"], whole[f"grad {name}"], rows="expert")
 
     batches = {name: torch.cat(parts) for name, parts in low_latency.gathered.items()}
     starts = torch.tensor([0, *(t.shape[0] for t in normal.gathered["x"])]).cumsum(0)
     sizes = [t.shape[0] for t in low_latency.gathered["first"]]
     first_numbers = torch.cat([start + torch.arange(n) for start, n in zip(starts, sizes, strict=False)])
     second_numbers = torch.cat([start + n + torch.arange(n) for start, n in zip(starts, sizes, strict=False)])
-    compare("low latency", "attention", _attended(low_latency), batches["attended"], second_numbers)
+    compare("low-latency", "attention, second batch", _attended(low_latency), batches["attended"], second_numbers)
     for which, of, at in (("first", "first", first_numbers), ("second", "attended", second_numbers)):
-        route("low latency", batches[of], batches[f"topk {which}"], at)
+        route("low-latency", f"chosen experts, {which} batch", batches[of], batches[f"topk {which}"], at)
         for cast in ("bf16", "fp8"):
-            if f"{which} {cast}" in batches:
-                wanted = check.low_latency(batches[of], batches[f"topk {which}"], use_fp8=cast == "fp8")
-                compare("low latency", f"output, {which} micro-batch, {cast}", wanted, batches[f"{which} {cast}"], at)
+            wanted = check.low_latency(batches[of], batches[f"topk {which}"], use_fp8=cast == "fp8")
+            compare("low-latency", f"output, {which} batch, {cast}", wanted, batches[f"{which} {cast}"], at)
     return checks
 
 

@@ -40,7 +40,16 @@ def draw(report: DemoReport, settings: DemoSettings, source: str, path: Path) ->
         color=[_RANK_COLOURS[e // per_rank % len(_RANK_COLOURS)] for e in range(load.size)],
     )
     left.axhline(load.mean(), color=_INK, linewidth=1, linestyle=(0, (4, 3)))
-    left.text(load.size - 0.4, load.mean(), f" mean {load.mean():.0f}", va="bottom", ha="right", color=_INK, fontsize=9)
+    left.annotate(
+        f"mean\n{load.mean():.0f}",
+        (1.0, load.mean()),
+        xycoords=("axes fraction", "data"),
+        xytext=(4, 0),
+        textcoords="offset points",
+        va="center",
+        color=_INK,
+        fontsize=9,
+    )
     top = load.max() * 1.14 if load.max() else 1.0
     for rank in range(report.num_ranks):
         first = rank * per_rank
@@ -49,7 +58,7 @@ def draw(report: DemoReport, settings: DemoSettings, source: str, path: Path) ->
         left.text(
             first + (per_rank - 1) / 2,
             top * 0.985,
-            f"rank {rank}\n{load[first : first + per_rank].sum()} rows",
+            f"rank {rank}\n{load[first : first + per_rank].sum()} in all",
             ha="center",
             va="top",
             fontsize=9 if report.num_ranks <= 8 else 6,
@@ -61,7 +70,7 @@ def draw(report: DemoReport, settings: DemoSettings, source: str, path: Path) ->
     left.spines[["top", "right"]].set_visible(False)
 
     sent = np.array(report.sent)
-    image = right.imshow(sent, cmap="YlGnBu", vmin=0, vmax=max(1, sent.max()))
+    image = right.imshow(sent, cmap="Blues", vmin=0, vmax=max(1.0, 1.15 * sent.max()))
     if report.num_ranks <= 8:
         for source_rank in range(report.num_ranks):
             for target in range(report.num_ranks):
@@ -73,7 +82,7 @@ def draw(report: DemoReport, settings: DemoSettings, source: str, path: Path) ->
                     ha="center",
                     va="center",
                     fontsize=10 if report.num_ranks <= 4 else 6.5,
-                    color="white" if count > 0.62 * sent.max() else _INK,
+                    color="white" if count > 0.65 * sent.max() else _INK,
                 )
     right.set(
         xlabel="to rank (holds the expert)",

@@ -27,7 +27,7 @@ def doctor(
     need_gpus: Annotated[int, typer.Option(min=0, help="GPUs that have to be here; exit code 1 if fewer are.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
 ) -> None:
-    """Inspect this machine: versions, GPUs, NVLink and NICs, NVSHMEM and NCCL, limits; cause and cure for what is amiss.
+    """Inspect this machine: versions, GPUs, links, NVSHMEM and NCCL, limits; cause and cure of what is amiss.
 
     Exit code 0 unless something asked for (--need, --need-gpus, the settings of this library) cannot work.
     """

@@ -27,7 +27,10 @@ from ..errors import DeepEPError
 
 
 class Level(enum.Enum):
-    """How a fact is to be taken: fine; worth knowing; amiss, something is slower or unavailable; broken, asked for and cannot work."""
+    """How to take a fact.
+
+    Fine; a note; amiss: something is slower or unavailable; broken: something that was asked for cannot work.
+    """
 
     FINE = enum.auto()
     NOTE = enum.auto()
@@ -115,7 +118,11 @@ def _gpus(needed: int) -> Iterator[Fact]:
     section = "GPUs"
     visible = torch.cuda.device_count()
     listing = query(
-        ["nvidia-smi", "--query-gpu=index,name,memory.total,driver_version,compute_cap", "--format=csv,noheader,nounits"]
+        [
+            "nvidia-smi",
+            "--query-gpu=index,name,memory.total,driver_version,compute_cap",
+            "--format=csv,noheader,nounits",
+        ]
     )
     rows = [re.split(r",\s*", line) for line in (listing or "").splitlines() if line.strip()]
     missing = Level.BROKEN if needed > visible else None
@@ -411,7 +418,9 @@ def _settings() -> Iterator[Fact]:
         found=", ".join(given) or (found.source or "defaults"),
         level=Level.NOTE if given else Level.FINE,
     )
-    for name in sorted(name for name in os.environ if name.startswith("DEEPEP_") and name not in known | _BUILD_VARIABLES):
+    for name in sorted(
+        name for name in os.environ if name.startswith("DEEPEP_") and name not in known | _BUILD_VARIABLES
+    ):
         yield Fact(
             section=section,
             name=name,
@@ -453,7 +462,9 @@ def _backends(needed: tuple[str, ...]) -> Iterator[Fact]:
             ),
             level=Level.FINE if finding.serves else Level.BROKEN if broken else Level.NOTE,
             cause="" if finding.serves else "; ".join(o.partition(". ")[0] for o in finding.obstacles),
-            cure="" if finding.serves else "; ".join(o.partition(". ")[2] or "see the cause" for o in finding.obstacles),
+            cure=""
+            if finding.serves
+            else "; ".join(o.partition(". ")[2] or "see the cause" for o in finding.obstacles),
         )
     for name in sorted(wanted - {finding.name for finding in found}):
         yield Fact(

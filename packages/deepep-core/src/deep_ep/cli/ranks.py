@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,9 +12,12 @@ import torch
 import torch.distributed as dist
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from .. import launch
 from ..errors import DeepEPError
+
+_OUR_ERROR = re.compile(r"deep_ep\.errors\.\w+: ")  # last line of a rank's traceback
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +58,7 @@ def run(
         environment: variables for local ranks; a launcher passes its own.
     """
     if launch.launched_externally():
-        local_ranks = int(_environ("LOCAL_WORLD_SIZE", "1"))
+        local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         context = launch.join_external(choose_device(device, local_ranks))
         try:
             return Outcome(result=function(context, *args), speaks=context.rank == 0)
@@ -73,10 +78,15 @@ def run(
 def explain(console: Console, error: BaseException) -> None:
     """Show why a run failed: our own errors in one line, anything else with the ranks' tracebacks."""
     if isinstance(error, DeepEPError):
-        console.print(f"[bold red]error[/] {error}", highlight=False)
+        console.print(f"[bold red]error[/] {escape(str(error))}", highlight=False)
     elif isinstance(error, launch.RankFailure):
-        console.print(f"[bold red]error[/] {len(error.failures)} of the ranks failed", highlight=False)
-        console.print(str(error), markup=False, highlight=False)
+        last_lines = {text.rstrip().splitlines()[-1] for text in error.failures.values() if text.strip()}
+        ours = [line.partition(": ")[2] for line in sorted(last_lines) if _OUR_ERROR.match(line)]
+        if len(ours) == len(last_lines):
+            for text in ours:
+                console.print(f"[bold red]error[/] {escape(text)}", highlight=False)
+        else:
+            console.print(str(error), markup=False, highlight=False)
     else:
         raise error
 
@@ -111,6 +121,11 @@ def slowest(context: launch.RankContext, values: list[float]) -> list[float]:
     return [float(v) for v in together]
 
 
+def world_size(num_ranks: int) -> int:
+    """The launcher's number of ranks under a launcher, else ``num_ranks``."""
+    return int(os.environ["WORLD_SIZE"]) if launch.launched_externally() else num_ranks
+
+
 def any_rank(context: launch.RankContext, condition: bool) -> bool:
     """Whether it holds on any rank. Collective."""
     return slowest(context, [float(condition)])[0] > 0
@@ -120,9 +135,3 @@ def synchronize(device: torch.device) -> None:
     """Let the host wait for the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
-
-
-def _environ(name: str, default: str) -> str:
-    import os
-
-    return os.environ.get(name, default)

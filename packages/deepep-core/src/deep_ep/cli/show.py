@@ -29,8 +29,22 @@ def heat(value: float, most: float) -> str:
     return "bold yellow" if share > 0.9 else "yellow" if share > 0.6 else "cyan" if share > 0.3 else "blue"
 
 
-def microseconds(seconds: float) -> str:
-    """``0.000123`` as ``123 us``, ``0.0123`` as ``12.3 ms``."""
-    if seconds < 0.01:
-        return f"{seconds * 1e6:.1f} us" if seconds < 1e-4 else f"{seconds * 1e6:.0f} us"
-    return f"{seconds * 1e3:.1f} ms"
+def duration(seconds: float) -> str:
+    """``0.000123`` as ``123 us``, ``0.0123`` as ``12.3 ms``: three digits."""
+    return f"{_three(seconds * 1e6)} us" if seconds < 1e-3 else f"{_three(seconds * 1e3)} ms"
+
+
+def rate(gbps: float) -> str:
+    """GB/s: ``343``, ``12.4``, ``0.13``."""
+    return _three(gbps)
+
+
+def span(low: float, high: float) -> str:
+    """Two durations in one unit: ``6.21 to 14.7 ms``."""
+    unit, scale = ("us", 1e6) if high < 1e-3 else ("ms", 1e3)
+    return f"{_three(low * scale)} to {_three(high * scale)} {unit}"
+
+
+def _three(value: float) -> str:
+    digits = 0 if value >= 100 else 1 if value >= 10 else 2
+    return f"{value:.{digits}f}"

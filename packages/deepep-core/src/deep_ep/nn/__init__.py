@@ -1,7 +1,7 @@
 """A mixture-of-experts layer on top of `deep_ep.Buffer`, small enough to read and to copy from.
 
-`dispatch` and `combine` are the two calls with gradients. `Gate`, `Experts` and `MoELayer` are a DeepSeek-V3-style layer
-built on them; `LocalMoELayer` is the same layer computed in one process, and `OneProcessCheck` says what the
+`dispatch` and `combine` are the two calls with gradients. `Gate`, `Experts` and `MoELayer` are a DeepSeek-V3-style
+layer built on them; `LocalMoELayer` is the same layer computed in one process, and `OneProcessCheck` says what the
 distributed one has to give and how far rounding may take it from that.
 """
 

@@ -4,8 +4,8 @@ Everything is computed in float64 from the bf16 rows that the ranks started with
 ways, and the tolerance of every element is the sum of what they can cause:
 
 - *Transport.* Partial sums are rounded to bf16 where the numerical contract says so. A rounding of ``v`` moves it by at
-  most ``|v| / 256``; which values are rounded is known, so the bound follows element by element: each rank's partial sum,
-  each node's if there are several nodes, and the total.
+  most ``|v| / 256``; which values are rounded is known, so the bound follows element by element: each rank's partial
+  sum, each node's if there are several nodes, and the total.
 - *Float32.* Gate and experts are computed in float32, with sums in another order. How much that is, is measured: the
   same one-process computation is done in float32 too, and `NOISE_FACTOR` times its largest deviation from float64 is
   allowed. Gradients of parameters see rows that are exact, so they get nothing else.
@@ -132,8 +132,8 @@ class OneProcessCheck:
             grad_output: bf16 ``[T, H]``, the gradient that flows into the output.
 
         Returns:
-            ``output``, and with ``grad_output`` also ``grad x``, ``grad gate`` ``[E, H]``, ``grad gate_up`` ``[E, 2F, H]``
-            and ``grad down`` ``[E, H, F]``, summed over all tokens.
+            ``output``, and with ``grad_output`` also ``grad x``, ``grad gate`` ``[E, H]``, ``grad gate_up``
+            ``[E, 2F, H]`` and ``grad down`` ``[E, H, F]``, summed over all tokens.
         """
         exact = self._compute(torch.float64, x, topk_idx, grad_output)
         rough = self._compute(torch.float32, x, topk_idx, grad_output)

@@ -17,8 +17,8 @@ class Experts(nn.Module):
     Args:
         hidden, width: ``H`` and ``F``.
         num_experts: ``L``.
-        first_expert: global number of the first one. Each expert's weights are drawn from its own generator, seeded with
-            ``seed`` and its global number, so that any split over ranks holds the same experts.
+        first_expert: global number of the first one. Each expert's weights are drawn from its own generator, seeded
+            with ``seed`` and its global number, so that any split over ranks holds the same experts.
         seed: of the weights.
 
     Everything is computed in the parameters' dtype (float32 unless converted).

@@ -68,6 +68,8 @@ class _Dispatch(torch.autograd.Function):
         )
         undifferentiated.update(recv_topk_idx=recv_topk_idx, num_per_expert=num_per_expert, handle=handle)
         ctx.buffer, ctx.handle, ctx.recv_topk_idx = buffer, handle, recv_topk_idx
+        assert isinstance(recv_x, torch.Tensor)
+        assert recv_topk_weights is not None
         return recv_x, recv_topk_weights
 
     @staticmethod

@@ -44,7 +44,7 @@ class MoELayer(nn.Module):
         experts: this rank's: ``gate.num_experts / N`` of them, from ``rank * that`` on.
         max_tokens: the most tokens a rank sends in low-latency mode; 0 if that mode is not used.
 
-    Gradients: the experts' are complete on their rank; the gate's are this rank's share and have to be summed over ranks.
+    Gradients: the experts' are complete on their rank; the gate's are this rank's share, to be summed over ranks.
     """
 
     def __init__(self, buffer: Buffer, gate: Gate, experts: Experts, *, max_tokens: int = 0) -> None:
@@ -105,16 +105,15 @@ class LowLatencyStep:
     routing: Routing
     recv_x: Any
     handle: tuple[Any, ...]
-    receive: Callable[[], None]
+    receive: Callable[[], None] | None
     combined: torch.Tensor | None = None
-    done: bool = False
 
     @torch.no_grad()
     def compute(self) -> None:
         """Wait for the rows, run the experts on them and send the outputs back. Collective; returns at once."""
         if self.combined is not None:
             return
-        self.receive()
+        self._arrive()
         rows = dequantise(*self.recv_x) if isinstance(self.recv_x, tuple) else self.recv_x
         y = self.layer.experts.expert_major(rows).to(torch.bfloat16)
         self.combined, _, self.receive = self.layer.buffer.low_latency_combine(
@@ -125,7 +124,10 @@ class LowLatencyStep:
         """bf16 ``[T, H]``, the weighted sum over this rank's tokens' experts."""
         self.compute()
         assert self.combined is not None
-        if not self.done:
-            self.receive()
-            self.done = True
+        self._arrive()
         return self.combined
+
+    def _arrive(self) -> None:
+        if self.receive is not None:
+            self.receive()
+            self.receive = None

@@ -97,10 +97,14 @@ class Conformance:
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
         if "num_ranks" in metafunc.fixturenames:
-            counts = self.usable_rank_counts()
             least = getattr(metafunc.function, "least_ranks", 1)
-            ids = [f"{n}-rank{'s' if n > 1 else ''}" for n in counts if n >= least]
-            metafunc.parametrize("num_ranks", [n for n in counts if n >= least], ids=ids)
+            counts = [n for n in self.usable_rank_counts() if n >= least]
+            if counts:
+                ids = [f"{n}-rank{'s' if n > 1 else ''}" for n in counts]
+                metafunc.parametrize("num_ranks", counts, ids=ids)
+            else:
+                why = f"needs {least} ranks; backend {self.backend!r} is tested with {self.usable_rank_counts()}"
+                metafunc.parametrize("num_ranks", [pytest.param(least, marks=pytest.mark.skip(reason=why))])
 
     @pytest.fixture
     def setup(self) -> Setup:
