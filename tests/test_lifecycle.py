@@ -208,8 +208,9 @@ class Communicator:
         return Request(dist.all_gather(rows, own, group=self.group, async_op=True))
 
     def Ialltoallv(self, sent: Any, received: Any) -> Request:  # noqa: N802
-        (send, send_counts, send_starts), (receive, receive_counts, receive_starts) = sent[:3], received[:3]
-        source, target = (torch.from_numpy(np.asarray(b)).view(torch.uint8).reshape(-1) for b in (send, receive))
+        (send, send_counts), (receive, receive_counts) = sent, received
+        send_starts, receive_starts = (np.cumsum([0, *counts[:-1]]) for counts in (send_counts, receive_counts))
+        source, target = (torch.from_numpy(buffer).reshape(-1) for buffer in (send, receive))
         works = []
         for rank in range(self.Get_size()):
             outgoing = source[send_starts[rank] : send_starts[rank] + send_counts[rank]]

@@ -260,7 +260,7 @@ bool Runtime::dispatch(DispatchArgs args, int64_t num_row_bytes, int num_experts
         args.num_push_warps = 12;
         args.num_stages = 0;
     }
-    args.num_side_warps = has_scales && !args.use_bulk_scales ? kMaxSideWarps : 2;
+    args.num_side_warps = tuning.num_side_warps > 0 ? static_cast<int>(min_of(tuning.num_side_warps, kMaxSideWarps)) : has_scales && !args.use_bulk_scales ? kMaxSideWarps : 2;
     const DeviceGuard guard(config_.device);
     check_runtime(launch_dispatch(args, tuning.num_sms, stream), "launching dispatch");
     return args.is_staged;

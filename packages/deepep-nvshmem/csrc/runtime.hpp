@@ -36,6 +36,7 @@ struct Tuning {
     bool use_bulk;
     int num_warps;
     int num_stages;
+    int num_side_warps;
 };
 
 class Runtime {

@@ -65,8 +65,8 @@ class LowLatencyCalls:
         """Send every token to its experts with the least delay. Collective; the host does not wait for data.
 
         Args:
-            x: ``[T, H]`` bf16, ``T <= num_max_dispatch_tokens_per_rank``, ``H`` a multiple of 128 (512 with
-                ``use_ue8m0``).
+            x: ``[T, H]`` bf16, ``T <= num_max_dispatch_tokens_per_rank``, ``H`` a multiple of 128 (of 512
+                with ``use_ue8m0``, of 8 for bf16 rows).
             topk_idx: ``[T, K]`` int64 or int32; -1 unused.
             num_max_dispatch_tokens_per_rank: ``X``, the same on every rank.
             num_experts: ``E``.

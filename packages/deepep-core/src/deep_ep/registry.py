@@ -59,7 +59,7 @@ def load(name: str) -> type[Backend]:
             name,
             invoke_on_load=False,
             on_load_failure_callback=lambda _manager, _entry, error: failures.append(error),
-            warn_on_missing_entrypoint=False,
+            on_missing_entrypoints_callback=lambda _names: None,
             conflict_resolver=extension.error_on_conflict,
         )
     except exception.MultipleMatches as error:

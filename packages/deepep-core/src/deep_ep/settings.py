@@ -108,7 +108,7 @@ VARIABLES: tuple[Variable, ...] = (
     Variable(
         name="DEEPEP_SYMMETRIC_HEAP_MB",
         accepts="a positive integer of MiB",
-        meaning="memory that peers can reach, per buffer, where a backend keeps such (1024, or num_nvl_bytes if larger)",
+        meaning="memory that peers can reach, per buffer, if the backend has such (1024, or num_nvl_bytes if larger)",
         parse=_positive_int,
     ),
     Variable(

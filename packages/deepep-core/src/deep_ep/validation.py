@@ -365,8 +365,12 @@ def low_latency_dispatch(
     integer(max_tokens, "num_max_dispatch_tokens_per_rank", where, least=1)
     experts(num_experts, num_ranks, where)
     num_tokens, hidden = rows.shape
-    if hidden == 0 or hidden % FP8_BLOCK:
-        raise ArgumentError(f"{where}: hidden is {hidden}; it has to be a positive multiple of {FP8_BLOCK}.")
+    multiple_of = FP8_BLOCK if use_fp8 else ROW_ALIGNMENT_BYTES // rows.element_size()
+    if hidden == 0 or hidden % multiple_of:
+        raise ArgumentError(
+            f"{where}: hidden is {hidden}; with use_fp8={bool(use_fp8)} it has to be a positive multiple of "
+            f"{multiple_of}."
+        )
     if num_tokens > max_tokens:
         raise ArgumentError(
             f"{where}: x has {num_tokens} tokens; this call allows {max_tokens} (num_max_dispatch_tokens_per_rank)."
@@ -446,6 +450,10 @@ def low_latency_combine(
     _shape(rows, "x", where, shape, "as low_latency_dispatch returned it")
     if zero_copy and use_logfmt:
         raise ArgumentError(f"{where}: zero_copy and use_logfmt exclude each other.")
+    if use_logfmt and typed.hidden % FP8_BLOCK:
+        raise ArgumentError(
+            f"{where}: hidden is {typed.hidden}; with use_logfmt it has to be a multiple of {FP8_BLOCK}."
+        )
     if not zero_copy:
         _contiguous(rows, "x", where)
     idx = topk_indices(topk_idx, where, num_experts=typed.num_experts, check_values=check_values)

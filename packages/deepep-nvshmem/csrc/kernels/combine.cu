@@ -1,7 +1,7 @@
 // Combine: every token's expert outputs come back from the ranks that hold them and are summed.
 //
 // Load warp     one lane: pulls the rows of a token (or parts of them) from their owners into a ring of shared-memory stages.
-// Sum warps     in groups, each taking every fourth stage: add its rows in rank order behind the biases, round once, store.
+// Sum warps     dealt out to the stages: a stage's warps add its rows in rank order behind the biases, round once, store.
 // Weights warp  sums the top-k weights in the same order, with ordinary loads.
 // (Without bulk copies every warp loads from the owners, sums and stores by itself.)
 // Before: send_head says at which row each rank holds a token. An owner's rows are read only after its READY was seen; an owner's kernel ends only
@@ -15,10 +15,7 @@ namespace deepep::nvlink {
 namespace {
 
 constexpr int kOp = static_cast<int>(Op::kCombine);
-constexpr int kNumGroups = 4;  // several stages are summed at once, so that one stage's latency does not bound the rest
-constexpr int kGroupWarps = 4;
-constexpr int kGroupThreads = kGroupWarps * 32;
-constexpr int kNumSumWarps = kNumGroups * kGroupWarps;
+constexpr int kNumSumWarps = 16;
 constexpr int kLoadWarp = kNumSumWarps;
 constexpr int kWeightsWarp = kNumSumWarps + 1;
 constexpr int kNumThreads = (kNumSumWarps + 2) * 32;
@@ -140,22 +137,24 @@ __device__ __forceinline__ void sum_vector(const CombineArgs& args, const StageI
     *reinterpret_cast<int4*>(args.out + item.offset + byte) = sum.rounded();
 }
 
-__device__ void sum_rows(const CombineArgs& args, Shared& shared, const uint8_t* ring, int group) {
-    const int num_stage_bytes = args.domain.num_ranks * args.parts.num_part_bytes;
+// Every stage has its own warps, so that several stages are summed at once. It has to be its own: stages fill in any order, and a warp that
+// came to a stage's use before the use before it had landed would take the barrier's older phase of the same parity for its own.
+__device__ void sum_rows(const CombineArgs& args, Shared& shared, const uint8_t* ring, int warp) {
+    const int num_stage_warps = kNumSumWarps / args.num_stages;
+    const int stage = warp / num_stage_warps;
+    if (stage >= args.num_stages) return;
+    const int first_byte = (threadIdx.x - stage * num_stage_warps * 32) * 16;
+    const uint8_t* rows = ring + stage * args.domain.num_ranks * args.parts.num_part_bytes;
     const int64_t num_items = num_items_of_block(args);
-    int stage = group;
     uint32_t parity = 0;
-    for (int64_t k = group; k < num_items; k += kNumGroups) {
-        for (; stage >= args.num_stages; stage -= args.num_stages) parity ^= 1;
+    for (int64_t k = stage; k < num_items; k += args.num_stages, parity ^= 1) {
         ptx::mbarrier_wait(shared.full + stage, parity);
         const StageItem item = shared.items[stage];
 #pragma unroll 2
-        for (int byte = threadIdx.x % kGroupThreads * 16; byte < item.num_bytes; byte += kGroupThreads * 16)
-            sum_vector(args, item, ring + stage * num_stage_bytes, byte);
+        for (int byte = first_byte; byte < item.num_bytes; byte += num_stage_warps * 32 * 16) sum_vector(args, item, rows, byte);
         __syncwarp();
         // Orders this warp's reads before the load lane's next bulk copy into the stage.
         if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(shared.empty + stage);
-        stage += kNumGroups;
     }
 }
 #endif
@@ -247,7 +246,7 @@ __global__ void __launch_bounds__(kNumThreads, 1) pull_and_sum_kernel(const __gr
     if (args.use_bulk && threadIdx.x == 0) {
         for (int stage = 0; stage < args.num_stages; ++stage) {
             ptx::mbarrier_init(shared.full + stage, 1);
-            ptx::mbarrier_init(shared.empty + stage, kGroupWarps);
+            ptx::mbarrier_init(shared.empty + stage, kNumSumWarps / args.num_stages);
         }
         ptx::fence_mbarrier_init();  // the handshake's barriers follow
     }
@@ -268,7 +267,7 @@ __global__ void __launch_bounds__(kNumThreads, 1) pull_and_sum_kernel(const __gr
         if (warp == kLoadWarp) {
             if (lane == 0) load_rows(args, context, shared, ring);
         } else {
-            sum_rows(args, shared, ring, warp / kGroupWarps);
+            sum_rows(args, shared, ring, warp);
         }
 #endif
     }

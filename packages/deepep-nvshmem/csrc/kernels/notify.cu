@@ -2,8 +2,8 @@
 //
 // Every word of the exchange is a signal word, so that a value is valid as soon as it is seen: no fence, one flight over the link. Each block
 // posts all of this rank's words (posting twice changes nothing), so that no block depends on another one being resident; then
-//   block 0      publishes the counts for the host and writes rank_prefix and the expert counts;
-//   block r      numbers the tokens that go to rank r (send_head).
+//   block r < N   numbers the tokens that go to rank r (send_head);
+//   block N       publishes the counts for the host and writes rank_prefix and the expert counts.
 // The words live twice, by parity of the epoch: a rank ends its call only after every peer has posted, so it can be one call ahead, never two.
 #include "deepep/ptx/memory.cuh"
 #include "deepep/sync/wait.cuh"
@@ -97,14 +97,14 @@ __device__ void collect_counts(const NotifyArgs& args, const WaitContext& contex
             shared.prefix[src_rank][tid] = sum;
         }
     }
-    if (tid == 0 && blockIdx.x == 0 && shared.mismatch_mask != 0) {
+    if (tid == 0 && static_cast<int>(blockIdx.x) == num_ranks && shared.mismatch_mask != 0) {
         const int peer = __ffs(static_cast<int>(shared.mismatch_mask)) - 1;
         report_error(context, ErrorKind::kMismatch, Phase::kHeader, peer, shared.mismatch_mask, 0, 0);
     }
     __syncthreads();
 }
 
-// Block 0: sums for this rank's experts, rank_prefix, and the host's copy of it all.
+// Sums for this rank's experts, rank_prefix, and the host's copy of it all.
 __device__ void publish_counts(const NotifyArgs& args, const WaitContext& context, Shared& shared) {
     const Domain& domain = args.domain;
     const int num_ranks = domain.num_ranks;
@@ -217,11 +217,14 @@ __global__ void __launch_bounds__(kNumThreads, 1) exchange_counts_kernel(const _
     if (threadIdx.x == 0) shared.mismatch_mask = shared.bad_count_mask = 0;
     post_counts(args, context.epoch);
     Tile tile{};
-    if (is_valid) tile = Tile::scan(args, shared, static_cast<int64_t>(threadIdx.x) * kTokensPerThread, dst_rank);
+    const bool is_numberer = dst_rank < domain.num_ranks && is_valid;
+    if (is_numberer) tile = Tile::scan(args, shared, static_cast<int64_t>(threadIdx.x) * kTokensPerThread, dst_rank);
     __syncthreads();
     collect_counts(args, context, shared);
-    if (blockIdx.x == 0) publish_counts(args, context, shared);
-    if (is_valid) number_tokens(args, context, shared, dst_rank, tile);
+    if (is_numberer)
+        number_tokens(args, context, shared, dst_rank, tile);
+    else if (dst_rank == domain.num_ranks)
+        publish_counts(args, context, shared);
 
     // The last block that has read the epoch moves it on.
     __syncthreads();
@@ -234,7 +237,7 @@ __global__ void __launch_bounds__(kNumThreads, 1) exchange_counts_kernel(const _
 }  // namespace
 
 cudaError_t launch_notify(const NotifyArgs& args, cudaStream_t stream) {
-    exchange_counts_kernel<<<args.domain.num_ranks, kNumThreads, 0, stream>>>(args);
+    exchange_counts_kernel<<<args.domain.num_ranks + 1, kNumThreads, 0, stream>>>(args);
     return cudaGetLastError();
 }
 

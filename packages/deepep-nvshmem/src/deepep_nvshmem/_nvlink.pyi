@@ -154,6 +154,7 @@ class Runtime:
         use_bulk: bool = True,
         num_warps: int = 0,
         num_stages: int = 0,
+        num_side_warps: int = 0,
     ) -> str: ...
     def combine(
         self,

@@ -129,21 +129,21 @@ def main() -> None:
         world.check()
     if "sweep" in options.what:
         for name, case, cached, shapes in (
-            ("fp8", fp8, True, [(7, 4), (5, 5), (4, 4), (7, 3), (7, 2), (5, 3)]),
-            ("fp8 with topk", fp8, False, [(7, 4), (4, 4), (7, 3), (7, 2), (5, 3)]),
-            ("bf16", bf16, True, [(3, 5), (3, 4), (3, 3), (2, 4), (4, 3)]),
+            ("fp8", fp8, True, [(7, 3, 2)]),
+            ("fp8 with topk", fp8, False, [(7, 3, 1), (7, 3, 2), (7, 3, 4)]),
         ):
             ranks, rows, remote = prepare(case)
-            for warps, stages in shapes:
-                line = f"{name} {warps:2d} warps x {stages} stages:"
+            for warps, stages, side in shapes:
+                line = f"{name} {warps:2d} warps x {stages} stages, {side} side:"
                 for sms in options.sms:
                     at = dataclasses.replace(case, num_sms=sms)
-                    line += f"  {sms}: {chain_us(world, lambda at=at, cached=cached: dispatch(world, at, ranks, cached=cached, num_warps=warps, num_stages=stages), 12, 4):.1f}"
+                    line += f"  {sms}: {chain_us(world, lambda at=at, cached=cached: dispatch(world, at, ranks, cached=cached, num_warps=warps, num_stages=stages, num_side_warps=side), 12, 4):.1f}"
                 print(line, flush=True)
             world.check()
         ranks, rows, remote = prepare(bf16)
         backs = [make_back(world, bf16, rank, rows[rank]) for rank in range(bf16.num_ranks)]
-        for stages in (7, 6, 5, 4, 3):
+        world.sync()
+        for stages in (7, 5, 4):
             line = f"combine {stages} stages:"
             for sms in options.sms:
                 at = dataclasses.replace(bf16, num_sms=sms)
