@@ -7,10 +7,11 @@ that was "there before": that is how users meet these packages, and it shows tha
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import os
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import nox
@@ -66,17 +67,16 @@ def packaging(session: nox.Session) -> None:
     python = tree_python(session)
     natives = NATIVE_PACKAGES if shutil.which("nvcc") else ()
     if not natives:
-        session.log("no nvcc on this machine: %s cannot be built and are left out", ", ".join(NATIVE_PACKAGES))
+        session.warn(f"no nvcc on this machine: {', '.join(NATIVE_PACKAGES)} cannot be built and are left out")
     dist = Path(session.create_tmp()) / "dist"
     shutil.rmtree(dist, ignore_errors=True)
-    for name in (*PURE_PACKAGES, *natives):
-        if not (PACKAGES / name / "pyproject.toml").exists():
-            continue
-        # From the tree to an sdist, and from that sdist to the wheel: a wheel that needs a file the sdist lacks fails.
-        session.run(
-            python, "-m", "build", "--outdir", str(dist), str(PACKAGES / name),
-            external=True, env=native_build_environment() if name in natives else {},
-        )  # fmt: skip
+    # From the tree to an sdist, and from that sdist to the wheel: a wheel that needs a file the sdist lacks fails.
+    build = (python, "-m", "build", "--outdir", str(dist))
+    for name in PURE_PACKAGES:
+        session.run(*build, "--no-isolation", str(PACKAGES / name), external=True)
+    for name in natives:
+        with shared_headers_inside(PACKAGES / name):
+            session.run(*build, str(PACKAGES / name), external=True)
     session.run(python, "tests/packaging/check_archives.py", str(dist), external=True)
 
     for combination in combinations(natives):
@@ -155,6 +155,12 @@ def combinations(natives: tuple[str, ...]) -> list[tuple[str, ...]]:
     return [("deepep-core",), ("deepep-core", "deepep-reference"), *(("deepep-core", name) for name in natives)]
 
 
-def native_build_environment() -> dict[str, str]:
-    """Builds for every architecture the packages declare, whatever GPU this machine has."""
-    return {"TORCH_CUDA_ARCH_LIST": os.environ.get("TORCH_CUDA_ARCH_LIST", "8.0;9.0;10.0")}
+@contextlib.contextmanager
+def shared_headers_inside(package: Path) -> Iterator[None]:
+    """While its sdist is made, a native package holds a copy of core's headers, so that the sdist builds by itself."""
+    copy = package / "vendor" / "include"
+    shutil.copytree(PACKAGES / "deepep-core" / "src" / "deep_ep" / "include", copy, dirs_exist_ok=True)
+    try:
+        yield
+    finally:
+        shutil.rmtree(package / "vendor")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import signal
 import subprocess
@@ -12,7 +13,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -47,11 +47,11 @@ def holdings() -> dict[str, int]:
     }
 
 
-def many_buffers(context: RankContext, times: int, options: dict[str, Any], explicit: bool) -> dict[str, int]:
-    """Growth of each holding over ``times`` buffers, after as many as warm everything up."""
+def many_buffers(context: RankContext, times: int, options: dict[str, Any], explicit: bool) -> list[dict[str, int]]:
+    """What the process holds after each fifth of ``times`` buffers, beginning with the second."""
     case = small_case(context.num_ranks)
-
-    def one(index: int) -> None:
+    held = []
+    for index in range(times):
         buffer = Buffer(
             context.group, 1 << 20, 1 << 20, low_latency_mode=True, backend="reference", timeout_s=60.0, **options
         )
@@ -60,32 +60,30 @@ def many_buffers(context: RankContext, times: int, options: dict[str, Any], expl
         if explicit:
             buffer.destroy()
             buffer.destroy()
-
-    for index in range(60):
-        one(index)
-    before = holdings()
-    for index in range(times):
-        one(index)
-    after = holdings()
-    return {name: after[name] - before[name] for name in before}
+        if (index + 1) % (times // 5) == 0:
+            del buffer
+            held.append(holdings())
+    return held
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs /proc to measure the process")
 @pytest.mark.parametrize(
-    ("times", "options", "explicit"),
+    ("options", "explicit"),
     [
-        pytest.param(1000, {}, True, id="destroyed"),
-        pytest.param(200, {}, False, id="forgotten"),
-        pytest.param(200, {"enable_shrink": True}, True, id="with-masks"),
+        pytest.param({}, True, id="destroyed"),
+        pytest.param({}, False, id="forgotten"),
+        pytest.param({"enable_shrink": True}, True, id="with-masks"),
     ],
 )
-def test_buffers_come_and_go_without_leaving_anything(times, options, explicit):
-    for growth in run_ranks(many_buffers, times, options, explicit, num_ranks=2, timeout_s=300.0):
-        assert growth["descriptors"] == 0, growth
-        assert growth["threads"] == 0, growth
-        # Containers of the interpreter and of torch fluctuate; one object or one kilobyte for each buffer would not.
-        assert growth["objects"] < times / 2, growth
-        assert growth["bytes"] < 1024 * times, growth
+def test_a_thousand_buffers_come_and_go_without_leaving_anything(options, explicit):
+    times = 1000
+    for held in run_ranks(many_buffers, times, options, explicit, num_ranks=2, timeout_s=300.0):
+        assert held[0]["descriptors"] == held[-1]["descriptors"], held
+        assert held[0]["threads"] == held[-1]["threads"], held
+        assert held[-1]["objects"] - held[0]["objects"] < times / 20, held
+        # The pools of the allocator and of gloo grow at first; what a buffer leaves behind shows in every fifth.
+        growth = [after["bytes"] - before["bytes"] for before, after in itertools.pairwise(held)]
+        assert min(growth) < 512 * times / 5, f"memory grew by {growth} bytes in {times // 5} buffers each"
 
 
 # --- peers that do not come, or are gone ----------------------------------------------------------------------------
@@ -203,27 +201,16 @@ class Communicator:
         return dist.get_world_size(self.group)
 
     def Iallgather(self, sent: Any, received: Any) -> Request:  # noqa: N802
-        rows = list(torch.from_numpy(received).view(torch.uint8).reshape(self.Get_size(), -1).unbind(0))
-        own = torch.from_numpy(np.array(sent).view(np.uint8).reshape(-1))
+        rows = list(torch.from_numpy(received).unbind(0))
+        own = torch.from_numpy(sent.copy())
         return Request(dist.all_gather(rows, own, group=self.group, async_op=True))
 
     def Ialltoallv(self, sent: Any, received: Any) -> Request:  # noqa: N802
         (send, send_counts), (receive, receive_counts) = sent, received
-        send_starts, receive_starts = (np.cumsum([0, *counts[:-1]]) for counts in (send_counts, receive_counts))
         source, target = (torch.from_numpy(buffer).reshape(-1) for buffer in (send, receive))
-        works = []
-        for rank in range(self.Get_size()):
-            outgoing = source[send_starts[rank] : send_starts[rank] + send_counts[rank]]
-            incoming = target[receive_starts[rank] : receive_starts[rank] + receive_counts[rank]]
-            if rank == self.Get_rank():
-                incoming.copy_(outgoing)
-                continue
-            peer = dist.get_global_rank(self.group, rank)
-            if len(outgoing):
-                works.append(dist.isend(outgoing.contiguous(), peer, group=self.group))
-            if len(incoming):
-                works.append(dist.irecv(incoming, peer, group=self.group))
-        return Request(*works)
+        return Request(
+            dist.all_to_all_single(target, source, receive_counts, send_counts, group=self.group, async_op=True)
+        )
 
 
 class Request:

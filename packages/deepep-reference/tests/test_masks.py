@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 import torch
 
-from deep_ep import Buffer, BufferStateError, DeepEPError
-from deep_ep.launch import RankContext, RankFailure, run_ranks
+from deep_ep import BackendUnavailableError, Buffer, BufferStateError, DeepEPError
+from deep_ep.launch import RankContext, RankFailure, RankPool, run_ranks
 from deepep_reference import mesh
 from deepep_reference.session import PeerIsAheadError
 from deepep_reference.transport import Step
@@ -188,6 +188,40 @@ def test_abort_ends_a_pairwise_wait() -> None:
     text, seconds = run_ranks(aborted, num_ranks=2, timeout_s=60.0)[0]
     assert "aborted" in text
     assert seconds < 2.0
+
+
+def on_different_hosts(context: RankContext) -> list[float]:
+    """As if every rank were on a host of its own, all of which reach the master at the loopback address."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(mesh, "host_identity", lambda: bytes([context.rank]) * 16)
+        patch.setenv("MASTER_ADDR", "127.0.0.1")
+        buffer = new_buffer(context, timeout_s=20.0)
+    values = round_trip(context, buffer)
+    buffer.destroy()
+    return values
+
+
+def test_ranks_on_different_hosts_connect_through_the_interface_towards_the_master(rank_pool: RankPool) -> None:
+    assert rank_pool.run(on_different_hosts, num_ranks=3) == [[7.0, 14.0]] * 3
+
+
+def rank_that_cannot_listen(context: RankContext, victim: int) -> str:
+    def refuse(*_: Any, **__: Any) -> None:
+        raise OSError("no port is free")
+
+    with pytest.MonkeyPatch.context() as patch:
+        if context.rank == victim:
+            patch.setattr(socket, "create_server", refuse)
+        with pytest.raises(BackendUnavailableError) as caught:
+            new_buffer(context, timeout_s=20.0)
+    new_buffer(context, timeout_s=20.0).destroy()
+    return str(caught.value)
+
+
+def test_buffer_that_one_rank_cannot_connect_is_an_error_on_every_rank(rank_pool: RankPool) -> None:
+    texts = rank_pool.run(rank_that_cannot_listen, 1, num_ranks=3)
+    assert len(set(texts)) == 1
+    assert "rank 1 cannot listen for its peers (no port is free)" in texts[0]
 
 
 # --- connections ----------------------------------------------------------------------------------------------------

@@ -38,6 +38,7 @@ def cast(x: torch.Tensor, *, round_scale: bool = False) -> tuple[torch.Tensor, t
         exponent = _exponent_not_below(scale)
         scale = _power_of_two(exponent)
         factor = _power_of_two(-exponent)
+    # Rounding may put a product a little above 448. Torch converts that to 448 anyway, and larger numbers to NaN.
     q = (blocks * factor[..., None]).clamp(-MAX_E4M3, MAX_E4M3)
     return q.flatten(1).to(torch.float8_e4m3fn), scale
 

@@ -87,8 +87,10 @@ class ReferenceLowLatency(LowLatencyBackend):
             local_experts, src_tokens = place_and_token.long().unbind(dim=1)
             _check_bounds("low_latency_dispatch", local_experts, num_local_experts)
             _check_bounds("low_latency_dispatch", src_tokens, request.max_tokens)
-
-        placed = expert_major.place(local_experts, src_ranks, num_local_experts=num_local_experts, num_ranks=num_ranks)
+            placed = expert_major.place(
+                local_experts, src_ranks, num_local_experts=num_local_experts, num_ranks=num_ranks
+            )
+            _check_bounds("low_latency_dispatch", placed.count, request.max_tokens + 1)
         result, receive = self._dispatch_outputs(request, placed, values, src_tokens, wait)
         if request.split:
             return LowLatencyDispatchResult(**result, receive=self._outstanding.begin(receive))
@@ -422,7 +424,7 @@ def _check_topk(where: str, topk_idx: torch.Tensor, num_experts: int) -> None:
 def _check_bounds(where: str, indices: torch.Tensor, bound: int) -> None:
     """Numbers that peers sent are checked before they index memory."""
     if bool(((indices < 0) | (indices >= bound)).any()):
-        raise PeerError(f"{where}: a peer sent an index outside 0 to {bound - 1}. Destroy this buffer.", phase=where)
+        raise PeerError(f"{where}: a peer sent a number outside 0 to {bound - 1}. Destroy this buffer.", phase=where)
 
 
 def _check_same_dispatch(sent: torch.Tensor, expected: torch.Tensor) -> None:

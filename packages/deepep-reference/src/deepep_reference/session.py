@@ -83,8 +83,8 @@ class Session:
             PeerTimeoutError, PeerLostError: after these the session refuses further calls.
             BufferStateError: it does so now.
         """
-        self.check_usable(operation)
         with self._lock:
+            self.check_usable(operation)
             call = Call(self, operation, is_tolerant=self.options.enable_shrink and operation in _TOLERANT)
             with self._breaking():
                 headers = call.exchange_headers(**fields)
@@ -94,7 +94,7 @@ class Session:
 
     @contextlib.contextmanager
     def _breaking(self) -> Iterator[None]:
-        """A call that ends anyhow but whole, or with an error that every rank raises alike, breaks the session."""
+        """Whatever ends a call half-way breaks the session, but for errors that every rank raises alike."""
         try:
             yield
         except (ArgumentError, PeersDisagreeError):

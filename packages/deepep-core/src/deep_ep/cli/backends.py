@@ -111,13 +111,13 @@ def backends(
     environment = registry.local_environment()
     gpus = f"{environment.num_gpus} GPU{'s' if environment.num_gpus != 1 else ''}" if environment.num_gpus else "no GPU"
     table = Table(
-        title=f"Backends on this machine ({gpus})", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD
+        title=f"Backends on this machine ({gpus})", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
     )
     table.add_column("name", style="bold", no_wrap=True)
     table.add_column("package", no_wrap=True)
     table.add_column("modes", no_wrap=True)
     table.add_column("devices", no_wrap=True)
-    table.add_column("abilities", style="dim")
+    table.add_column("abilities", style="dim", no_wrap=True)
     table.add_column("here", no_wrap=True)
     for finding in found:
         verdict = ("can serve", "green") if finding.serves else ("cannot serve", "yellow")
@@ -126,7 +126,7 @@ def backends(
             f"{finding.distribution or '?'}\n{finding.version or 'not installed'}",
             "\n".join(mode.replace("_", " ") for mode in finding.modes),
             "\n".join(finding.devices),
-            ", ".join(finding.features),
+            "\n".join(finding.features),
             Text(*verdict) if finding.version is not None else Text("not installed"),
             style="dim" if finding.version is None else "",
         )

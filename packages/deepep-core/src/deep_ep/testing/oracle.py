@@ -157,7 +157,7 @@ class NormalOracle(_Choices):
 
 
 class LowLatencyOracle(_Choices):
-    """Low-latency mode: every choice is a row of its expert; weighted sums over choices.
+    """Low-latency mode: a token is one row at each expert that it names; weighted sums over choices.
 
     Args:
         topk_idx: ``[T, K]`` of each rank, ``-1`` unused.
@@ -175,7 +175,7 @@ class LowLatencyOracle(_Choices):
     def tokens(self, rank: int, local_expert: int, source: int) -> Ints:
         """Tokens of ``source`` that chose this expert of ``rank``, ascending."""
         expert = rank * self.num_local_experts + local_expert
-        return np.nonzero(self.topk_idx[source] == expert)[0]
+        return np.flatnonzero((self.topk_idx[source] == expert).any(axis=1))
 
     def num_received(self, rank: int) -> list[int]:
         """Rows of each local expert."""
