@@ -28,7 +28,7 @@ PYTHON_VERSIONS = ("3.10", "3.11", "3.12", "3.13")
 TREE_TOOLS = ("build", "hatchling", "mypy", "nox", "ruff")
 CHECKED_SCRIPTS = ("noxfile.py", "tests/cluster", "tests/packaging", "docs")
 # What a machine without a network lacks beside torch, numpy, pytest and hypothesis: small wheels of pure Python.
-OFFLINE_WHEELS = ("stevedore", "hatchling", "packaging", "pathspec", "pluggy", "trove-classifiers", "tomli")
+OFFLINE_WHEELS = ("stevedore", "hatchling", "packaging", "pathspec", "pluggy", "trove-classifiers")
 
 
 @nox.session

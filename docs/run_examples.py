@@ -7,7 +7,7 @@ What a fenced block promises is decided by its language:
   its output.
 - any other: not run (the first two blocks of README's "Quick start" are run by ``.ci/run`` and by newcomers).
 
-``...`` in expected output stands for anything. Relative links are followed too.
+``...`` in expected output stands for anything. Relative links are followed, and pages that list names have to list all.
 """
 
 from __future__ import annotations
@@ -111,12 +111,30 @@ def broken_links(path: Path) -> list[str]:
     return [target for target in local if target and not (path.parent / target).exists()]
 
 
+def unlisted_names() -> Iterator[str]:
+    """Public names and environment variables that their page does not mention."""
+    import deep_ep
+    from deep_ep import settings
+
+    api = (ROOT / "docs" / "api.md").read_text()
+    public = [name for name in dir(deep_ep.Buffer) if not name.startswith("_")]
+    for name in [*deep_ep.__all__, *public]:
+        if re.search(rf"\b{name}\b", api) is None:
+            yield f"docs/api.md: {name} is public and not mentioned"
+    configuration = (ROOT / "docs" / "configuration.md").read_text()
+    for variable in settings.VARIABLES:
+        if variable.name not in configuration:
+            yield f"docs/configuration.md: {variable.name} is read and not mentioned"
+
+
 def main(names: list[str]) -> int:
     pages = [Path(name).resolve() for name in names]
     if not pages:
         pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
         pages += sorted((ROOT / "packages").glob("*/README.md"))
-    failures = num_examples = 0
+    unlisted = [] if names else list(unlisted_names())
+    print(*unlisted, sep="\n", end="\n" if unlisted else "")
+    failures, num_examples = len(unlisted), 0
     for path in pages:
         for target in broken_links(path):
             failures += 1

@@ -1,4 +1,4 @@
-"""Buffers over a process's life: a thousand of them, missing and dead peers, unusual groups, the end of the interpreter."""
+"""Buffers over a process's life: a thousand of them, missing and dead peers, unusual groups, the interpreter's end."""
 
 from __future__ import annotations
 
@@ -194,18 +194,18 @@ class Communicator:
     def __init__(self, group: Any) -> None:
         self.group = group
 
-    def Get_rank(self) -> int:  # noqa: N802
+    def Get_rank(self) -> int:
         return dist.get_rank(self.group)
 
-    def Get_size(self) -> int:  # noqa: N802
+    def Get_size(self) -> int:
         return dist.get_world_size(self.group)
 
-    def Iallgather(self, sent: Any, received: Any) -> Request:  # noqa: N802
+    def Iallgather(self, sent: Any, received: Any) -> Request:
         rows = list(torch.from_numpy(received).unbind(0))
         own = torch.from_numpy(sent.copy())
         return Request(dist.all_gather(rows, own, group=self.group, async_op=True))
 
-    def Ialltoallv(self, sent: Any, received: Any) -> Request:  # noqa: N802
+    def Ialltoallv(self, sent: Any, received: Any) -> Request:
         (send, send_counts), (receive, receive_counts) = sent, received
         source, target = (torch.from_numpy(buffer).reshape(-1) for buffer in (send, receive))
         return Request(
@@ -219,10 +219,10 @@ class Request:
     def __init__(self, *works: Any) -> None:
         self.works = works
 
-    def Test(self) -> bool:  # noqa: N802
+    def Test(self) -> bool:
         return all(work.is_completed() for work in self.works)
 
-    def Wait(self) -> None:  # noqa: N802
+    def Wait(self) -> None:
         for work in self.works:
             work.wait()
 

@@ -1,4 +1,4 @@
-"""Which backend a buffer gets: argument, environment, file, or the best that can serve; and what is said if none can."""
+"""Which backend a buffer gets: argument, environment, file, or the best that can serve; what is said if none can."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from deep_ep.testing.conformance.errors import Outcome, outcome_of
 
 # A stand-in for a fast first-party backend, and one of other people's. Both are the reference backend under another
 # name, with a higher priority and an obstacle on demand.
-PLUGINS = '''
+PLUGINS = """
 import dataclasses, os
 from deep_ep.backend import Obstacle
 from deepep_reference import ReferenceBackend
@@ -46,7 +46,7 @@ class OnGpus(ReferenceBackend):
 class OneNode(ReferenceBackend):
     name = "one_node"
     capabilities = dataclasses.replace(ReferenceBackend.capabilities, multi_node=False)
-'''
+"""
 ENTRY_POINTS = """[deep_ep.backends]
 ibgda = test_plugins:Fast
 foreign = test_plugins:Foreign

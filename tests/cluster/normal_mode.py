@@ -1,7 +1,7 @@
 """The flow of normal mode that `intranode.py` and `internode.py` share: check every way to call, measure, repeat.
 
-Experts are stand-ins: each rank multiplies what it received by a factor of its own (`NormalMode.experts`), so that a row
-that comes back from the wrong rank, twice, or in another order of summation shows in the bits.
+Experts are stand-ins: each rank multiplies what it received by a factor of its own (`NormalMode.experts`), so that a
+row that comes back from the wrong rank, twice, or in another order of summation shows in the bits.
 """
 
 from __future__ import annotations

@@ -55,6 +55,15 @@ void require_rows(const char* op, int64_t num_row_bytes, int64_t num_tokens, int
             where + "num_topk is " + std::to_string(num_topk) + "; accepted are 0 to " + std::to_string(kMaxTopk) + ".");
 }
 
+// How many rows each staging warp carries at once: what shared memory holds, and few enough that the ring takes a batch and one row more.
+void choose_staging_lanes(const char* op, bool use_bulk, int num_warps, int num_lane_bytes, int num_shared_bytes, int num_units, int64_t num_slots, int& num_lanes) {
+    const int64_t fit_slots = num_slots / num_units - 1;
+    require(fit_slots >= 1, std::string(op) + ": the staging window has " + std::to_string(num_slots) + " slots for each rank; this row size needs " +
+                                std::to_string(2 * num_units) + ". Give num_staging_bytes more.");
+    const int64_t fit_shared = num_warps == 0 ? 1 : num_shared_bytes / (static_cast<int64_t>(num_warps) * num_lane_bytes);
+    num_lanes = use_bulk ? static_cast<int>(max_of(1, min_of(kMaxStagingLanes, min_of(fit_slots, fit_shared)))) : 1;
+}
+
 }  // namespace
 
 int64_t Runtime::window_bytes(int num_ranks, int max_local_experts, int64_t num_staging_bytes) {
@@ -226,7 +235,9 @@ bool Runtime::dispatch(DispatchArgs args, int64_t num_row_bytes, int num_experts
     require(args.capacity >= 0 && args.capacity <= std::numeric_limits<int32_t>::max(), "dispatch: capacity is " + std::to_string(args.capacity) + " rows; accepted are 0 to 2^31 - 1.");
     require(tuning.num_sms >= 1 && tuning.num_sms <= num_device_sms_,
             "dispatch: num_sms is " + std::to_string(tuning.num_sms) + "; this device takes 1 to " + std::to_string(num_device_sms_) + ".");
-    require(is_aligned(args.x, 16) && is_aligned(args.recv_x, 16), "dispatch: x and recv_x must be aligned to 16 bytes.");
+    require(is_aligned(args.x, 16) && is_aligned(args.recv_x, 16) && is_aligned(args.recv_scales, 16) && is_aligned(args.recv_topk_idx, 16) &&
+                is_aligned(args.recv_topk_weights, 16) && is_aligned(args.recv_src_idx, 16),
+            "dispatch: x and the outputs must be aligned to 16 bytes.");
     require((args.topk_idx.data == nullptr) == (args.topk_weights == nullptr) || args.num_tokens == 0, "dispatch: topk_idx and topk_weights go together.");
     const bool has_topk = args.num_topk > 0;
     const bool has_scales = args.num_scales > 0;
@@ -244,8 +255,8 @@ bool Runtime::dispatch(DispatchArgs args, int64_t num_row_bytes, int num_experts
     constexpr int kSharedBudget = 216 * 1024, kMaxPartBytes = 16384, kUsualPushWarps = 7, kEnoughBytes = 160 * 1024;
     args.use_bulk = tuning.use_bulk && has_bulk_;
     args.parts = RowParts::cut(num_row_bytes, kMaxPartBytes);
-    args.use_bulk_scales = args.use_bulk && has_scales && args.num_scales % 4 == 0 && args.num_scales * 4 <= 4096 && is_aligned(args.scales, 16) &&
-                           is_aligned(args.recv_scales, 16) && is_aligned(args.recv_x, 16);
+    args.use_bulk_scales = args.use_bulk && has_scales && args.num_scales % 4 == 0 && args.num_scales <= 1024;
+    args.gathers_scales = args.scales_stride_col != 1 || args.scales_stride_token % 4 != 0 || !is_aligned(args.scales, 16);
     args.num_stage_bytes = static_cast<int>(align_up(args.parts.num_part_bytes, 128) + (args.use_bulk_scales ? align_up(args.num_scales * 4, 128) : 0));
     if (args.use_bulk) {
         const int num_rows = kSharedBudget / (args.num_stage_bytes + 8);
@@ -257,10 +268,24 @@ bool Runtime::dispatch(DispatchArgs args, int64_t num_row_bytes, int num_experts
                 "dispatch: " + std::to_string(args.num_push_warps) + " warps of " + std::to_string(args.num_stages) + " stages do not fit; shared memory holds " +
                     std::to_string(num_rows) + " stages of this row size, each warp takes 2 to 8, and " + std::to_string(kMaxPushWarps) + " warps are the most.");
     } else {
-        args.num_push_warps = 12;
+        args.num_push_warps = kMaxPushWarps;
         args.num_stages = 0;
     }
-    args.num_side_warps = tuning.num_side_warps > 0 ? static_cast<int>(min_of(tuning.num_side_warps, kMaxSideWarps)) : has_scales && !args.use_bulk_scales ? kMaxSideWarps : 2;
+    // Side data are many small stores; under the load of the rows each takes several microseconds, so they need warps, not bandwidth. The
+    // staged phase needs two warps for each peer.
+    const int num_peers = config_.num_ranks - 1;
+    const int num_side_wanted = tuning.num_side_warps > 0 ? tuning.num_side_warps : has_scales && !args.use_bulk_scales ? 8 : 4;
+    args.num_side_warps = static_cast<int>(min_of(kMaxDispatchWarps - args.num_push_warps, max_of(num_side_wanted, 2 * num_peers - args.num_push_warps)));
+    args.staged_parts = RowParts::cut(num_row_bytes, kNumSlotBytes);
+    const SideRow side{args.num_scales, args.num_topk, args.has_src_idx};
+    require(side.num_bytes() <= kNumSlotBytes, "dispatch: a row's scales and top-k data have " + std::to_string(side.num_bytes()) + " bytes; at most " +
+                                                   std::to_string(kNumSlotBytes) + " are accepted.");
+    args.num_lane_bytes = static_cast<int>(align_up(max_of(args.staged_parts.num_part_bytes, side.num_bytes()), 128));
+    choose_staging_lanes("dispatch", args.use_bulk, 2 * num_peers, args.num_lane_bytes, kSharedBudget, args.staged_parts.num_parts + 1,
+                         domain_.window.num_slots, args.num_staging_lanes);
+    args.num_dynamic_bytes = args.use_bulk ? static_cast<int>(max_of(args.num_push_warps * args.num_stages * (args.num_stage_bytes + 8),
+                                                                     2 * num_peers * args.num_staging_lanes * args.num_lane_bytes))
+                                           : 0;
     const DeviceGuard guard(config_.device);
     check_runtime(launch_dispatch(args, tuning.num_sms, stream), "launching dispatch");
     return args.is_staged;
@@ -272,8 +297,8 @@ bool Runtime::combine(CombineArgs args, int64_t num_row_bytes, const Tuning& tun
     require(args.num_recv_tokens >= 0 && args.num_recv_tokens <= std::numeric_limits<int32_t>::max(), "combine: num_recv_tokens is " + std::to_string(args.num_recv_tokens) + ".");
     require(tuning.num_sms >= 1 && tuning.num_sms <= num_device_sms_,
             "combine: num_sms is " + std::to_string(tuning.num_sms) + "; this device takes 1 to " + std::to_string(num_device_sms_) + ".");
-    require(is_aligned(args.y, 16) && is_aligned(args.out, 16) && is_aligned(args.bias_0, 16) && is_aligned(args.bias_1, 16),
-            "combine: y, out and the biases must be aligned to 16 bytes.");
+    require(is_aligned(args.y, 16) && is_aligned(args.topk_weights, 16) && is_aligned(args.out, 16) && is_aligned(args.bias_0, 16) && is_aligned(args.bias_1, 16),
+            "combine: y, topk_weights, out and the biases must be aligned to 16 bytes.");
     args.domain = domain_;
     const bool has_weights = args.num_topk > 0;
     const auto symmetric = [&](const void* pointer, int64_t num_unit_bytes) {
@@ -284,10 +309,17 @@ bool Runtime::combine(CombineArgs args, int64_t num_row_bytes, const Tuning& tun
     constexpr int kSharedBudget = 216 * 1024;
     args.use_bulk = tuning.use_bulk && has_bulk_;
     args.parts = RowParts::cut(num_row_bytes, config_.num_ranks > 4 ? kNumSlotBytes / 2 : kNumSlotBytes);
-    const int num_stages = kSharedBudget / (config_.num_ranks * args.parts.num_part_bytes);
-    args.num_stages = tuning.num_stages > 0 ? tuning.num_stages : static_cast<int>(min_of(kMaxPullStages, num_stages));
-    require(args.num_stages <= min_of(kMaxPullStages, num_stages),
-            "combine: " + std::to_string(args.num_stages) + " stages do not fit; at most " + std::to_string(min_of(kMaxPullStages, num_stages)) + " do.");
+    // A stage's rows also carry weights: up to 32 of them and 12 bytes before them.
+    args.num_stage_row_bytes = static_cast<int>(max_of(args.parts.num_part_bytes, align_up(kMaxTopk * 4 + 12, 16)));
+    args.num_push_warps = args.is_staged ? config_.num_ranks - 1 : 0;
+    args.num_lane_bytes = static_cast<int>(align_up(args.num_stage_row_bytes, 128));
+    choose_staging_lanes("combine", args.use_bulk, args.num_push_warps, args.num_lane_bytes, kSharedBudget / 2, args.parts.num_parts + 1,
+                         domain_.window.num_slots, args.num_staging_lanes);
+    const int num_push_bytes = args.use_bulk ? args.num_push_warps * args.num_staging_lanes * args.num_lane_bytes : 0;
+    const int num_stage_bytes = config_.num_ranks * args.num_stage_row_bytes;
+    const int num_stages = static_cast<int>(min_of(kMaxPullStages, (kSharedBudget - num_push_bytes) / num_stage_bytes));
+    args.num_stages = tuning.num_stages > 0 ? static_cast<int>(min_of(tuning.num_stages, num_stages)) : num_stages;
+    args.num_dynamic_bytes = args.use_bulk ? num_push_bytes + args.num_stages * num_stage_bytes : 0;
     const DeviceGuard guard(config_.device);
     check_runtime(launch_combine(args, tuning.num_sms, stream), "launching combine");
     return args.is_staged;

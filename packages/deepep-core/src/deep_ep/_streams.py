@@ -88,6 +88,8 @@ def event_of(previous_event: Any) -> Any:
 def run_once(receive: Callable[[], None], on_cuda: bool, alive: tuple[Any, ...]) -> Hook:
     """The user's hook: runs ``receive`` once, on the stream that is current now, whoever calls it from wherever."""
     stream = torch.cuda.current_stream() if on_cuda else None
+    # Inference mode belongs to a thread too, and tensors made in it can be written in it only.
+    is_inference = torch.is_inference_mode_enabled()
     done = False
 
     def hook() -> None:
@@ -95,7 +97,7 @@ def run_once(receive: Callable[[], None], on_cuda: bool, alive: tuple[Any, ...])
         if done:
             return
         done = True
-        with torch.cuda.stream(stream):
+        with torch.cuda.stream(stream), torch.inference_mode(is_inference):
             receive()
         alive = ()
 

@@ -1,226 +1,259 @@
 // Combine: every token's expert outputs come back from the ranks that hold them and are summed.
 //
-// Load warp     one lane: pulls the rows of a token (or parts of them) from their owners into a ring of shared-memory stages.
-// Sum warps     dealt out to the stages: a stage's warps add its rows in rank order behind the biases, round once, store.
-// Weights warp  sums the top-k weights in the same order, with ordinary loads.
-// (Without bulk copies every warp loads from the owners, sums and stores by itself.)
+// Load warp      brings the rows of a token, part by part, into a ring of shared-memory stages: by bulk loads from the owner's memory (pull), or
+//                from this rank's own staging window where the owner pushes. One lane per owning rank.
+// Sum warps      dealt out to the stages: a stage's warps add its rows in rank order behind the biases, round once, store.
+// Weights warp   sums the top-k weights in the same order with ordinary loads. When some owner pushes, the weights travel like parts of a row, and
+//                this warp returns the window's slots instead.
+// Push warps     only where this rank's own rows are out of its peers' reach: one per other rank (staging.cuh).
+// (Without bulk copies every sum warp loads, sums and stores by itself: plain_combine.cuh.)
 // Before: send_head says at which row each rank holds a token. An owner's rows are read only after its READY was seen; an owner's kernel ends only
-// after every rank has said READ_DONE. Tokens are assigned statically and nothing but READY is awaited before they are finished, so one
-// resident block is enough.
-#include "deepep/ptx/bulk.cuh"
-#include "handshake.cuh"
-#include "sum.cuh"
+// after every rank has said READ_DONE. Tokens are claimed in order by running blocks and pull waits for READY alone, so one resident block is
+// enough.
+#include "combine_parts.cuh"
+#include "plain_combine.cuh"
 
 namespace deepep::nvlink {
 namespace {
 
-constexpr int kOp = static_cast<int>(Op::kCombine);
-constexpr int kNumSumWarps = 16;
-constexpr int kLoadWarp = kNumSumWarps;
-constexpr int kWeightsWarp = kNumSumWarps + 1;
-constexpr int kNumThreads = (kNumSumWarps + 2) * 32;
-constexpr int kReadersPerBlock = 2;  // the row pipeline and the weights warp
-
-// What a stage holds. The load lane writes it before it arms the stage's barrier; the sum warps read it after the barrier completed.
-struct __align__(16) StageItem {
-    int64_t offset;  // of the part in out and the biases
-    int32_t num_bytes;
-    uint32_t rank_mask;
-};
-
-struct Shared {
-    Handshake handshake;
-    StageItem items[kMaxPullStages];
-    uint64_t full[kMaxPullStages];   // the stage's rows have landed
-    uint64_t empty[kMaxPullStages];  // the sum warps have read them
-    uint32_t is_last;
-};
-
-// Rows of a token at each rank, -1 where it is not held. A row that the owner does not have is reported and left out.
-struct Heads {
-    int32_t rows[kMaxRanks];
-
-    __device__ __forceinline__ static Heads load(const CombineArgs& args, int64_t token) {
-        Heads heads;
-        const int num_ranks = args.domain.num_ranks;
-#pragma unroll
-        for (int rank = 0; rank < kMaxRanks; ++rank)
-            heads.rows[rank] = rank < num_ranks && token < args.num_tokens ? args.send_head[token * num_ranks + rank] : -1;
-        return heads;
-    }
-};
-
-__device__ __noinline__ void report_row(const WaitContext& context, int rank, int64_t row, int64_t num_rows) {
-    report_error(context, ErrorKind::kOverflow, Phase::kRows, rank, row, num_rows, 0);
-}
-
-// This block's share of reading peers' memory is over; the last share of the rank tells the owners. Called by one thread.
-__device__ void end_reading(const CombineArgs& args, const WaitContext& context) {
-    const Domain& domain = args.domain;
-    if (ptx::add_acq_rel_gpu(&context.state->readers[kOp], 1) != gridDim.x * kReadersPerBlock - 1) return;
-    ptx::store_relaxed_gpu(&context.state->readers[kOp], 0);
-    ptx::fence_acq_rel_sys();  // loads that ended before the arrivals stay before the words below
-    for (int peer = 0; peer < domain.num_ranks; ++peer)
-        ptx::store_relaxed_sys(domain.window.done(domain.arenas[peer], Op::kCombine, domain.rank), signal_word(context.epoch, 1));
-}
-
 #if DEEPEP_HAS_BULK
-// Parts of rows that this block sums.
-__device__ __forceinline__ int64_t num_items_of_block(const CombineArgs& args) {
-    return blockIdx.x < args.num_tokens ? ((args.num_tokens - 1 - blockIdx.x) / gridDim.x + 1) * args.parts.num_parts : 0;
+// What a stage holds. The load warp writes it before it arms the stage's barrier; the others read it after the barrier completed.
+enum ItemKind : uint8_t { kRowsItem, kWeightsItem, kEndItem };
+struct __align__(16) StageItem {
+    int64_t offset;      // of the part in out and the biases (bytes), or of the token's weights (elements)
+    int32_t num_bytes;   // of the part
+    uint8_t kind;
+    uint8_t num_rows;    // they lie in rank order
+    uint16_t shifts;     // weights: two bits per row, elements between the 16-byte boundary and the first weight
+};
+
+struct Pipeline {
+    StageItem items[kMaxPullStages];
+    uint32_t slot_numbers[kMaxPullStages][kMaxRanks];  // unit + 1 where the row came through the window, else 0
+    uint64_t full[kMaxPullStages];                     // the stage's rows have landed
+    uint64_t empty[kMaxPullStages];                    // they have been read
+};
+
+class LoadWarp {
+public:
+    __device__ LoadWarp(const CombineArgs& args, const WaitContext& context, const Handshake& handshake, Pipeline& pipeline, uint8_t* ring)
+        : args_(args), context_(context), handshake_(handshake), pipeline_(pipeline), ring_(ring), lane_(threadIdx.x % 32), rank_(lane_ % kMaxRanks),
+          grant_(handshake.grants[rank_]) {
+        base_ = first_row_of(args, rank_);
+        is_ring_ = rank_ != args.domain.rank && grant_.is_staged;
+        num_units_ = units_per_row(args);
+        num_parts_ = args.parts.num_parts + (handshake.has_staged && args.num_topk > 0 ? 1 : 0);
+    }
+
+    // Tokens in the order of their claims; the next claim and the next token's rows are looked up one token ahead.
+    __device__ void run() {
+        ptx::fence_async_global();  // READY, acquired by this block, permits the bulk loads below
+        // Where a window has to be emptied in order, a token must not belong to a block that is not running yet: then even the first is claimed.
+        const int64_t num_dealt = handshake_.has_staged ? 0 : gridDim.x;
+        if (handshake_.has_staged) claim();
+        int64_t token = handshake_.has_staged ? static_cast<int64_t>(__shfl_sync(~0u, claimed_, 0)) : blockIdx.x;
+        claim();
+        int32_t row = row_of(token);
+        bool is_good = true;
+        while (token < args_.num_tokens && is_good) {
+            const int64_t next_token = num_dealt + static_cast<int64_t>(__shfl_sync(~0u, claimed_, 0));
+            const int32_t next_row = row_of(next_token);
+            claim();
+            is_good = load_token(token, row);
+            token = next_token;
+            row = next_row;
+        }
+        for (int i = 0; i < args_.num_stages; ++i) {
+            if (lane_ == 0) {
+                ptx::mbarrier_wait(pipeline_.empty + stage_, parity_);  // so all loads have landed, too
+                pipeline_.items[stage_] = {0, 0, kEndItem, 0, 0};
+                ptx::mbarrier_arrive(pipeline_.full + stage_);
+            }
+            advance();
+        }
+        if (lane_ == 0) end_reading(args_, context_);
+    }
+
+private:
+    __device__ void claim() {
+        if (lane_ == 0) claimed_ = ptx::add_relaxed_gpu(&context_.state->pull_claims[kMaxRanks], 1);
+    }
+    __device__ int32_t row_of(int64_t token) const {
+        return token < args_.num_tokens && rank_ < args_.domain.num_ranks ? args_.send_head[token * args_.domain.num_ranks + rank_] : -1;
+    }
+    __device__ void advance() {
+        if (++stage_ == args_.num_stages) {
+            stage_ = 0;
+            parity_ ^= 1;
+        }
+    }
+
+    __device__ bool load_token(int64_t token, int32_t row) {
+        const int64_t num_rows = is_ring_ ? grant_.num_staged_rows : grant_.num_rows;
+        const bool is_held = row >= 0 && row < num_rows;
+        if (row >= 0 && row >= num_rows && lane_ < kMaxRanks) report_row(context_, handshake_, rank_, row, num_rows);
+        const uint32_t mask = __ballot_sync(~0u, is_held) & ((1u << kMaxRanks) - 1);
+        // Four parts at a time, because lanes wait for slots side by side: lane = rank + 8 * (part % 4).
+        for (int part = 0; part < num_parts_; ++part) {
+            if (part % 4 == 0 && handshake_.has_staged && !wait_slots(row, is_held && is_ring_, part)) return false;
+            load_part(token, row, part, mask, is_held && lane_ / kMaxRanks == part % 4);
+        }
+        return true;
+    }
+
+    __device__ bool wait_slots(int32_t row, bool is_needed, int part) {
+        bool is_full = true;
+        const int own_part = part + lane_ / kMaxRanks;
+        if (is_needed && own_part < num_parts_) {
+            const int64_t unit = unit_of(row, own_part);
+            const uint64_t* word = slot_word(unit);
+            const uint64_t full = signal_word(context_.epoch, static_cast<uint32_t>(unit + 1));
+            if (ptx::load_acquire_sys(word) != full) {
+                is_full = wait_exact(context_, word, full, Phase::kSlotFull, rank_);
+                acquire_signal(word);
+            }
+            ptx::fence_async_global();  // FULL, acquired above, permits the bulk load
+        }
+        return __all_sync(~0u, is_full);
+    }
+    __device__ int64_t unit_of(int32_t row, int part) const { return (row - base_) * num_units_ + part; }
+    __device__ const uint64_t* slot_word(int64_t unit) const {
+        const NormalWindow& window = args_.domain.window;
+        return window.slot_full(args_.domain.arenas[args_.domain.rank], Op::kCombine, rank_) + unit % window.num_slots;
+    }
+
+    // Called by the whole warp; the lanes with `loads` issue one copy each.
+    __device__ void load_part(int64_t token, int32_t row, int part, uint32_t mask, bool loads) {
+        const bool is_weights = part == args_.parts.num_parts;
+        const int num_bytes = is_weights ? args_.num_topk * 4 : args_.parts.num_bytes(part);
+        const uint8_t* from = nullptr;
+        int num_copied = 0;
+        uint32_t shift = 0, slot_number = 0;
+        if (loads) {
+            if (is_ring_) {
+                const int64_t unit = unit_of(row, part);
+                const NormalWindow& window = args_.domain.window;
+                from = window.staging(args_.domain.arenas[args_.domain.rank], rank_) + unit % window.num_slots * kNumSlotBytes;
+                slot_number = static_cast<uint32_t>(unit + 1);
+            } else if (is_weights) {
+                // A row of weights may start between 16-byte boundaries; the copy starts at the boundary before it.
+                const uint8_t* exact = grant_.weights + static_cast<int64_t>(row) * num_bytes;
+                shift = reinterpret_cast<uintptr_t>(exact) % 16;
+                from = exact - shift;
+            } else {
+                from = grant_.rows + row * args_.parts.num_row_bytes + args_.parts.begin(part);
+            }
+            num_copied = static_cast<int>(align_up(num_bytes + shift, 16));
+        }
+        const int place = __popc(mask & ((1u << rank_) - 1));
+        const int num_total = __reduce_add_sync(~0u, num_copied);
+        const uint32_t shifts = is_weights ? __reduce_or_sync(~0u, shift / 4 << 2 * place) : 0;
+        if (lane_ == 0) ptx::mbarrier_wait(pipeline_.empty + stage_, parity_);
+        __syncwarp();
+        if (handshake_.has_staged && lane_ / kMaxRanks == part % 4) pipeline_.slot_numbers[stage_][rank_] = slot_number;
+        __syncwarp();
+        if (lane_ == 0) {
+            const int64_t offset = is_weights ? token * args_.num_topk : token * args_.parts.num_row_bytes + args_.parts.begin(part);
+            pipeline_.items[stage_] = {offset, num_bytes, is_weights ? kWeightsItem : kRowsItem, static_cast<uint8_t>(__popc(mask)),
+                                       static_cast<uint16_t>(shifts)};
+            ptx::mbarrier_arrive_expect(pipeline_.full + stage_, num_total);
+        }
+        __syncwarp();
+        if (loads) ptx::bulk_load(ring_ + (stage_ * args_.domain.num_ranks + place) * args_.num_stage_row_bytes, from, num_copied, pipeline_.full + stage_);
+        advance();
+    }
+
+    const CombineArgs& args_;
+    const WaitContext& context_;
+    const Handshake& handshake_;
+    Pipeline& pipeline_;
+    uint8_t* ring_;
+    const int lane_;
+    const int rank_;
+    const Grant& grant_;
+    int64_t base_;
+    int num_units_;
+    int num_parts_;
+    bool is_ring_;
+    uint32_t claimed_ = 0;
+    int stage_ = 0;
+    uint32_t parity_ = 1;  // a fresh barrier counts as completed for parity 1
+};
+
+// Every stage has its own warps, so that several stages are summed at once. It has to be its own: stages fill in any order, and a warp that
+// came to a stage's use before the use before it had landed would take the barrier's older phase of the same parity for its own.
+__device__ void sum_stages(const CombineArgs& args, Pipeline& pipeline, const uint8_t* ring, int warp) {
+    const int num_stage_threads = kNumSumWarps / args.num_stages * 32;
+    const int stage = warp * 32 / num_stage_threads;
+    if (stage >= args.num_stages) return;
+    const int thread = threadIdx.x - stage * num_stage_threads;
+    const uint8_t* rows = ring + stage * args.domain.num_ranks * args.num_stage_row_bytes;
+    for (uint32_t parity = 0;; parity ^= 1) {
+        ptx::mbarrier_wait(pipeline.full + stage, parity);
+        const StageItem item = pipeline.items[stage];
+        if (item.kind == kEndItem) return;
+        if (item.kind == kRowsItem) {
+            sum_some_rows(item.num_rows, rows, args.num_stage_row_bytes, args.bias_0 == nullptr ? nullptr : args.bias_0 + item.offset,
+                          args.bias_1 == nullptr ? nullptr : args.bias_1 + item.offset, args.out + item.offset, thread * 16, num_stage_threads * 16,
+                          item.num_bytes);
+        } else if (thread < args.num_topk) {
+            float sum = 0.0f;
+            for (int i = 0; i < item.num_rows; ++i)
+                sum = __fadd_rn(sum, reinterpret_cast<const float*>(rows + i * args.num_stage_row_bytes)[(item.shifts >> 2 * i & 3) + thread]);
+            args.out_topk_weights[item.offset + thread] = sum;
+        }
+        __syncwarp();
+        // Orders this warp's reads before the load warp's next bulk copy into the stage.
+        if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(pipeline.empty + stage);
+    }
 }
 
-// Token by token, all parts of one behind each other; the rows of the next token are looked up one token ahead.
-__device__ void load_rows(const CombineArgs& args, const WaitContext& context, Shared& shared, uint8_t* ring) {
-    const int num_ranks = args.domain.num_ranks;
-    ptx::fence_async_global();  // READY, acquired by this block, permits the bulk loads below
-    int stage = 0;
-    uint32_t parity = 1;  // a fresh barrier counts as completed for parity 1
-    int64_t token = blockIdx.x;
-    Heads next = Heads::load(args, token);
-    while (token < args.num_tokens) {
-        const Heads heads = next;
-        const int64_t next_token = token + gridDim.x;
-        next = Heads::load(args, next_token);
-        uint32_t mask = 0;
-        const uint8_t* sources[kMaxRanks];
-#pragma unroll
-        for (int rank = 0; rank < kMaxRanks; ++rank) {
-            if (rank >= num_ranks || heads.rows[rank] < 0) continue;
-            const Grant& grant = shared.handshake.grants[rank];
-            sources[rank] = grant.rows + heads.rows[rank] * args.parts.num_row_bytes;
-            if (heads.rows[rank] < grant.num_rows)
-                mask |= 1u << rank;
-            else if (!shared.handshake.is_failed)
-                report_row(context, rank, heads.rows[rank], grant.num_rows);
-        }
-        const int num_rows = __popc(mask);
-        for (int part = 0; part < args.parts.num_parts; ++part) {
-            const int num_bytes = args.parts.num_bytes(part);
-            const int64_t begin = args.parts.begin(part);
-            ptx::mbarrier_wait(shared.empty + stage, parity);
-            shared.items[stage] = {token * args.parts.num_row_bytes + begin, num_bytes, mask};
-            ptx::mbarrier_arrive_expect(shared.full + stage, num_rows * num_bytes);
-            uint8_t* rows = ring + stage * num_ranks * args.parts.num_part_bytes;
-#pragma unroll
-            for (int rank = 0; rank < kMaxRanks; ++rank)
-                if (mask >> rank & 1) ptx::bulk_load(rows + rank * args.parts.num_part_bytes, sources[rank] + begin, num_bytes, shared.full + stage);
+// Returns the slots of the window once their bytes have reached shared memory: up to four stages behind one fence, but not more than a
+// token's, because the pusher of the next token may be waiting for them. It visits every stage in turn and is counted by `empty`.
+__device__ void return_slots(const CombineArgs& args, const WaitContext& context, Pipeline& pipeline) {
+    const Domain& domain = args.domain;
+    const int lane = threadIdx.x % 32;
+    const int rank = lane % kMaxRanks;
+    const int num_token_items = args.parts.num_parts + (args.num_topk > 0 ? 1 : 0);
+    int stage = 0, part = 0;
+    uint32_t parity = 0;
+    for (bool is_over = false; !is_over;) {
+        uint32_t number = 0;
+        for (int i = 0; i < 4 && !is_over && (i == 0 || part != 0); ++i) {
+            ptx::mbarrier_wait(pipeline.full + stage, parity);
+            is_over = pipeline.items[stage].kind == kEndItem;
+            if (!is_over && lane / kMaxRanks == i) number = pipeline.slot_numbers[stage][rank];
+            __syncwarp();
+            if (lane == 0) ptx::mbarrier_arrive(pipeline.empty + stage);
+            part = part + 1 == num_token_items ? 0 : part + 1;
             if (++stage == args.num_stages) {
                 stage = 0;
                 parity ^= 1;
             }
         }
-        token = next_token;
-    }
-    // The newest use of every stage: when these have landed, all have.
-    for (int64_t item = max_of(0, num_items_of_block(args) - args.num_stages); item < num_items_of_block(args); ++item)
-        ptx::mbarrier_wait(shared.full + item % args.num_stages, item / args.num_stages & 1);
-    end_reading(args, context);
-}
-
-__device__ __forceinline__ void sum_vector(const CombineArgs& args, const StageItem& item, const uint8_t* rows, int byte) {
-    Accumulator sum;
-    if (args.bias_0 != nullptr) sum.add(*reinterpret_cast<const int4*>(args.bias_0 + item.offset + byte));
-    if (args.bias_1 != nullptr) sum.add(*reinterpret_cast<const int4*>(args.bias_1 + item.offset + byte));
-    // All reads of four ranks first, then their sums: one latency of shared memory instead of four.
-#pragma unroll
-    for (int group = 0; group < kMaxRanks; group += 4) {
-        if (item.rank_mask >> group == 0) break;
-        int4 vectors[4];
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-            if (item.rank_mask >> (group + i) & 1) vectors[i] = *reinterpret_cast<const int4*>(rows + (group + i) * args.parts.num_part_bytes + byte);
-#pragma unroll
-        for (int i = 0; i < 4; ++i)
-            if (item.rank_mask >> (group + i) & 1) sum.add(vectors[i]);
-    }
-    *reinterpret_cast<int4*>(args.out + item.offset + byte) = sum.rounded();
-}
-
-// Every stage has its own warps, so that several stages are summed at once. It has to be its own: stages fill in any order, and a warp that
-// came to a stage's use before the use before it had landed would take the barrier's older phase of the same parity for its own.
-__device__ void sum_rows(const CombineArgs& args, Shared& shared, const uint8_t* ring, int warp) {
-    const int num_stage_warps = kNumSumWarps / args.num_stages;
-    const int stage = warp / num_stage_warps;
-    if (stage >= args.num_stages) return;
-    const int first_byte = (threadIdx.x - stage * num_stage_warps * 32) * 16;
-    const uint8_t* rows = ring + stage * args.domain.num_ranks * args.parts.num_part_bytes;
-    const int64_t num_items = num_items_of_block(args);
-    uint32_t parity = 0;
-    for (int64_t k = stage; k < num_items; k += args.num_stages, parity ^= 1) {
-        ptx::mbarrier_wait(shared.full + stage, parity);
-        const StageItem item = shared.items[stage];
-#pragma unroll 2
-        for (int byte = first_byte; byte < item.num_bytes; byte += num_stage_warps * 32 * 16) sum_vector(args, item, rows, byte);
+        if (number != 0)
+            ptx::store_release_sys(domain.window.slot_free(domain.arenas[rank], Op::kCombine, domain.rank) + (number - 1) % domain.window.num_slots,
+                                   signal_word(context.epoch, number));
         __syncwarp();
-        // Orders this warp's reads before the load lane's next bulk copy into the stage.
-        if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(shared.empty + stage);
     }
 }
 #endif
 
-// The same with ordinary loads: one warp per token.
-__device__ void pull_rows_plain(const CombineArgs& args, const WaitContext& context, Shared& shared) {
-    const int lane = threadIdx.x % 32;
-    const int64_t num_vectors = args.parts.num_row_bytes / 16;
-    for (int64_t token = blockIdx.x + static_cast<int64_t>(gridDim.x) * (threadIdx.x / 32); token < args.num_tokens;
-         token += static_cast<int64_t>(gridDim.x) * kNumSumWarps) {
-        const Heads heads = Heads::load(args, token);
-        const int64_t offset = token * args.parts.num_row_bytes;
-        for (int64_t i = lane; i < num_vectors; i += 32) {
-            int4 vectors[kMaxRanks];
-#pragma unroll
-            for (int rank = 0; rank < kMaxRanks; ++rank) {
-                const Grant& grant = shared.handshake.grants[rank];
-                if (heads.rows[rank] >= 0 && heads.rows[rank] < grant.num_rows)
-                    vectors[rank] = *reinterpret_cast<const int4*>(grant.rows + heads.rows[rank] * args.parts.num_row_bytes + i * 16);
-            }
-            Accumulator sum;
-            if (args.bias_0 != nullptr) sum.add(*reinterpret_cast<const int4*>(args.bias_0 + offset + i * 16));
-            if (args.bias_1 != nullptr) sum.add(*reinterpret_cast<const int4*>(args.bias_1 + offset + i * 16));
-#pragma unroll
-            for (int rank = 0; rank < kMaxRanks; ++rank) {
-                const int64_t num_rows = shared.handshake.grants[rank].num_rows;
-                if (heads.rows[rank] < 0) continue;
-                if (heads.rows[rank] < num_rows)
-                    sum.add(vectors[rank]);
-                else if (!shared.handshake.is_failed)
-                    report_row(context, rank, heads.rows[rank], num_rows);
-            }
-            *reinterpret_cast<int4*>(args.out + offset + i * 16) = sum.rounded();
-        }
-    }
-}
-
-__device__ void sum_weights(const CombineArgs& args, Shared& shared) {
-    const int num_ranks = args.domain.num_ranks;
-    const int64_t num_elements = args.num_tokens * args.num_topk;
-    const int64_t stride = static_cast<int64_t>(gridDim.x) * 32;
-    for (int64_t i = blockIdx.x * 32ll + threadIdx.x % 32; i < num_elements; i += stride) {
-        const int64_t token = i / args.num_topk;
-        const int64_t k = i - token * args.num_topk;
-        const Heads heads = Heads::load(args, token);
-        float values[kMaxRanks];
-#pragma unroll
-        for (int rank = 0; rank < kMaxRanks; ++rank) {
-            values[rank] = 0.0f;
-            if (rank < num_ranks && heads.rows[rank] >= 0 && heads.rows[rank] < shared.handshake.grants[rank].num_rows)
-                values[rank] = reinterpret_cast<const float*>(shared.handshake.grants[rank].weights)[heads.rows[rank] * static_cast<int64_t>(args.num_topk) + k];
-        }
-        float sum = 0.0f;
-#pragma unroll
-        for (int rank = 0; rank < kMaxRanks; ++rank)
-            if (heads.rows[rank] >= 0) sum = __fadd_rn(sum, values[rank]);
-        args.out_topk_weights[i] = sum;
-    }
-}
+struct Shared {
+    Handshake handshake;
+    uint32_t is_last;
+#if DEEPEP_HAS_BULK
+    Pipeline pipeline;
+#endif
+    uint64_t staging_barriers[kMaxRanks][kMaxStagingLanes];
+};
 
 // The block that finishes last waits until no rank reads this one's rows any more.
 __device__ void finish(const CombineArgs& args, const WaitContext& context, Shared& shared) {
     const Domain& domain = args.domain;
     DeviceState* state = context.state;
     __syncthreads();
-    if (threadIdx.x == 0) shared.is_last = ptx::add_acq_rel_gpu(&state->arrivals[kOp], 1) == gridDim.x - 1;
+    if (threadIdx.x == 0) shared.is_last = ptx::add_acq_rel_gpu(&state->arrivals[kCombineOp], 1) == gridDim.x - 1;
     __syncthreads();
     if (!shared.is_last) return;
     if (static_cast<int>(threadIdx.x) < domain.num_ranks) {
@@ -231,50 +264,64 @@ __device__ void finish(const CombineArgs& args, const WaitContext& context, Shar
     }
     __syncthreads();
     if (threadIdx.x == 0) {
-        ptx::store_relaxed_gpu(&state->arrivals[kOp], 0);
-        ptx::store_relaxed_gpu(&state->epochs[kOp], context.epoch);
+        for (uint32_t& claims : state->push_claims) ptx::store_relaxed_gpu(&claims, 0);
+        for (uint32_t& claims : state->pull_claims) ptx::store_relaxed_gpu(&claims, 0);
+        ptx::store_relaxed_gpu(&state->arrivals[kCombineOp], 0);
+        ptx::store_relaxed_gpu(&state->epochs[kCombineOp], context.epoch);
     }
 }
 
-__global__ void __launch_bounds__(kNumThreads, 1) pull_and_sum_kernel(const __grid_constant__ CombineArgs args) {
-    extern __shared__ __align__(128) uint8_t ring[];
+template <int kMaxPushWarpsHere>
+__global__ void __launch_bounds__((kNumSumWarps + 2 + kMaxPushWarpsHere) * 32, 1) gather_and_sum_kernel(const __grid_constant__ CombineArgs args) {
+    extern __shared__ __align__(128) uint8_t dynamic[];
     __shared__ Shared shared;
     const Domain& domain = args.domain;
     DeviceState* state = domain.state();
-    const WaitContext context{domain.host, state, Op::kCombine, domain.rank, ptx::load_relaxed_gpu(&state->epochs[kOp]) + 1};
+    const WaitContext context{domain.host, state, Op::kCombine, domain.rank, ptx::load_relaxed_gpu(&state->epochs[kCombineOp]) + 1};
+    const GrantSizes sizes{args.parts.num_row_bytes, 0, 0, args.num_topk * 4, 0};
+    const OwnGrant own{args.is_staged ? kKindStaged : kKindDirect,
+                       args.num_recv_tokens,
+                       {const_cast<uint8_t*>(args.y), nullptr, nullptr, reinterpret_cast<uint8_t*>(const_cast<float*>(args.topk_weights)), nullptr},
+                       domain.arenas[domain.rank]};
+    exchange_grants(domain, context, shared.handshake, sizes, own);
+    const bool has_staged = shared.handshake.has_staged;
 #if DEEPEP_HAS_BULK
     if (args.use_bulk && threadIdx.x == 0) {
         for (int stage = 0; stage < args.num_stages; ++stage) {
-            ptx::mbarrier_init(shared.full + stage, 1);
-            ptx::mbarrier_init(shared.empty + stage, kNumSumWarps / args.num_stages);
+            ptx::mbarrier_init(shared.pipeline.full + stage, 1);
+            ptx::mbarrier_init(shared.pipeline.empty + stage, kNumSumWarps / args.num_stages + (has_staged ? 1 : 0));
         }
-        ptx::fence_mbarrier_init();  // the handshake's barriers follow
+        ptx::fence_mbarrier_init();
     }
+    __syncthreads();
 #endif
-    const bool has_weights = args.num_topk > 0;
-    const GrantSizes sizes{args.parts.num_row_bytes, 0, 0, has_weights ? args.num_topk * 4 : 0, 0};
-    const OwnGrant own{kKindDirect, args.num_recv_tokens, offset_in_arena(domain, args.y), 0, 0, offset_in_arena(domain, args.topk_weights), 0};
-    exchange_grants(domain, context, shared.handshake, sizes, own);
 
     const int warp = threadIdx.x / 32;
     const int lane = threadIdx.x % 32;
-    if (warp == kWeightsWarp) {
-        if (has_weights) sum_weights(args, shared);
-        __syncwarp();
-        if (lane == 0) end_reading(args, context);
+    if (warp > kWeightsWarp) {
+        push_own_rows(args, context, shared.handshake, warp - kWeightsWarp - 1, dynamic, shared.staging_barriers[warp - kWeightsWarp - 1]);
 #if DEEPEP_HAS_BULK
     } else if (args.use_bulk) {
-        if (warp == kLoadWarp) {
-            if (lane == 0) load_rows(args, context, shared, ring);
+        uint8_t* ring = dynamic + args.num_push_warps * args.num_staging_lanes * args.num_lane_bytes;
+        if (warp < kNumSumWarps) {
+            sum_stages(args, shared.pipeline, ring, warp);
+        } else if (warp == kLoadWarp) {
+            LoadWarp(args, context, shared.handshake, shared.pipeline, ring).run();
         } else {
-            sum_rows(args, shared, ring, warp);
+            if (has_staged)
+                return_slots(args, context, shared.pipeline);
+            else
+                sum_weights(args, shared.handshake);
+            __syncwarp();
+            if (lane == 0) end_reading(args, context);
         }
 #endif
     }
     if (!args.use_bulk) {
-        if (warp < kNumSumWarps) pull_rows_plain(args, context, shared);
+        if (warp < kNumSumWarps) gather_rows_plain(args, context, shared.handshake);
+        if (warp == kWeightsWarp && !has_staged) sum_weights(args, shared.handshake);
         __syncthreads();
-        if (threadIdx.x == 0) end_reading(args, context);
+        if (threadIdx.x < kReadersPerBlock) end_reading(args, context);
     }
     finish(args, context, shared);
 }
@@ -282,17 +329,24 @@ __global__ void __launch_bounds__(kNumThreads, 1) pull_and_sum_kernel(const __gr
 }  // namespace
 
 cudaError_t launch_combine(const CombineArgs& args, int num_sms, cudaStream_t stream) {
-    const int num_shared_bytes = args.use_bulk ? args.num_stages * args.domain.num_ranks * args.parts.num_part_bytes : 0;
-    pull_and_sum_kernel<<<num_sms, kNumThreads, num_shared_bytes, stream>>>(args);
+    const int num_threads = (kNumSumWarps + 2 + args.num_push_warps) * 32;
+    if (args.num_push_warps > 0)
+        gather_and_sum_kernel<kMaxRanks - 1><<<num_sms, num_threads, args.num_dynamic_bytes, stream>>>(args);
+    else
+        gather_and_sum_kernel<0><<<num_sms, num_threads, args.num_dynamic_bytes, stream>>>(args);
     return cudaGetLastError();
 }
 
 cudaError_t prepare_combine(bool has_bulk) {
-    cudaFuncAttributes attributes;
-    const cudaError_t status = cudaFuncGetAttributes(&attributes, pull_and_sum_kernel);
-    if (status != cudaSuccess || !has_bulk) return status;
-    return cudaFuncSetAttribute(pull_and_sum_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                kMaxSharedBytes - static_cast<int>(attributes.sharedSizeBytes));
+    for (const auto kernel : {gather_and_sum_kernel<0>, gather_and_sum_kernel<kMaxRanks - 1>}) {
+        cudaFuncAttributes attributes;
+        cudaError_t status = cudaFuncGetAttributes(&attributes, kernel);
+        if (status == cudaSuccess && has_bulk)
+            status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                          kMaxSharedBytes - static_cast<int>(attributes.sharedSizeBytes));
+        if (status != cudaSuccess) return status;
+    }
+    return cudaSuccess;
 }
 
 }  // namespace deepep::nvlink

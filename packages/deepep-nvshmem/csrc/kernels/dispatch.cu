@@ -9,12 +9,13 @@
 // resident block is enough.
 #include "deepep/ptx/bulk.cuh"
 #include "handshake.cuh"
+#include "staging.cuh"
 
 namespace deepep::nvlink {
 namespace {
 
 constexpr int kOp = static_cast<int>(Op::kDispatch);
-constexpr int kMaxThreads = (kMaxPushWarps + kMaxSideWarps) * 32;
+constexpr int kMaxThreads = kMaxDispatchWarps * 32;
 constexpr int kStageAlignment = 128;
 constexpr uint32_t kDoneGood = 1, kDoneFailed = 2;
 
@@ -24,6 +25,7 @@ struct Shared {
     int64_t stage_items[kMaxPushWarps][kMaxPushStages];
     int32_t side_tokens[kMaxThreads / 32][32];
     int32_t side_rows[kMaxThreads / 32][32];
+    uint64_t staging_barriers[2 * kMaxRanks][kMaxStagingLanes];
 };
 
 // Destination ranks in the order in which this rank serves them: the next one first, itself last, so that not all ranks push to the same one.
@@ -62,7 +64,7 @@ public:
         num_items_ = args.num_tokens * args.parts.num_parts;
         num_scale_bytes_ = args.use_bulk_scales ? args.num_scales * 4 : 0;
         scales_begin_ = static_cast<int>(align_up(args.parts.num_part_bytes, kStageAlignment));
-        gathers_scales_ = args.use_bulk_scales && (args.scales_stride_col != 1 || args.scales_stride_token % 4 != 0);
+        gathers_scales_ = args.use_bulk_scales && args.gathers_scales;
         next_item_ = static_cast<int64_t>(blockIdx.x) * args.num_push_warps + warp;
         num_dealt_left_ = args.num_stages - 1;
     }
@@ -137,7 +139,7 @@ private:
         claim();
     }
     __device__ void claim() {
-        if (lane_ == 0) claimed_ = ptx::add_relaxed_gpu(&args_.domain.state()->push_claims[0], 1);
+        if (lane_ == 0) claimed_ = ptx::add_relaxed_gpu(&args_.domain.state()->pull_claims[kMaxRanks], 1);
     }
 
     __device__ void push(int stage_index, uint32_t parity) {
@@ -256,6 +258,94 @@ __device__ void push_side_data(const DispatchArgs& args, Shared& shared, int war
     }
 }
 
+// Rows that rank src_rank sends to dst_rank and that fit there. Both sides compute it from the same matrix and the announced capacity.
+__device__ __forceinline__ int64_t num_rows_between(const DispatchArgs& args, int src_rank, int dst_rank, int64_t capacity) {
+    const int num_ranks = args.domain.num_ranks;
+    const int64_t begin = src_rank == 0 ? 0 : args.rank_prefix[(src_rank - 1) * num_ranks + dst_rank];
+    const int64_t end = args.rank_prefix[src_rank * num_ranks + dst_rank];
+    return max_of(0, min_of(end, capacity) - begin);
+}
+__device__ __forceinline__ int64_t first_row_between(const DispatchArgs& args, int src_rank, int dst_rank) {
+    return src_rank == 0 ? 0 : args.rank_prefix[(src_rank - 1) * args.domain.num_ranks + dst_rank];
+}
+
+// What both ends of a staged pair agree on: the parts of a row, then its side data as one more unit.
+struct StagedShape {
+    RowParts parts;
+    SideRow side;
+
+    __device__ explicit StagedShape(const DispatchArgs& args) : parts(args.staged_parts), side{args.num_scales, args.num_topk, args.has_src_idx} {}
+    __device__ int num_units() const { return parts.num_parts + (side.num_bytes() > 0); }
+    __device__ bool is_built(int unit) const { return unit == parts.num_parts; }
+    __device__ int num_bytes(int unit) const { return is_built(unit) ? side.num_bytes() : parts.num_bytes(unit); }
+};
+
+struct TokenSource : StagedShape {
+    const DispatchArgs& args;
+    int dst_rank;
+    int64_t first_row, num_rows;
+
+    __device__ TokenSource(const DispatchArgs& a, int dst, int64_t capacity)
+        : StagedShape(a), args(a), dst_rank(dst), first_row(first_row_between(a, a.domain.rank, dst)), num_rows(num_rows_between(a, a.domain.rank, dst, capacity)) {}
+    __device__ int64_t num_candidates() const { return args.num_tokens; }
+    __device__ int64_t row(int64_t token) const {
+        const int64_t row = args.send_head[token * args.domain.num_ranks + dst_rank] - first_row;
+        return row >= 0 && row < num_rows ? row : -1;
+    }
+    __device__ const uint8_t* address(int64_t token, int unit) const { return args.x + token * parts.num_row_bytes + parts.begin(unit); }
+    __device__ void build(int64_t token, uint8_t* to) const {
+        const int lane = threadIdx.x % 32;
+        for (int col = lane; col < side.num_scales; col += 32)
+            reinterpret_cast<uint32_t*>(to)[col] = args.scales[token * args.scales_stride_token + col * args.scales_stride_col];
+        if (lane < side.num_topk) {
+            const int64_t expert = localise_expert(args.topk_idx[token * args.num_topk + lane], dst_rank, args.num_local_experts);
+            reinterpret_cast<int64_t*>(to + side.topk_idx_offset())[lane] = expert;
+            reinterpret_cast<float*>(to + side.weights_offset())[lane] = expert < 0 ? 0.0f : args.topk_weights[token * args.num_topk + lane];
+        }
+        if (lane == 0 && side.num_src_idx > 0) *reinterpret_cast<int32_t*>(to + side.src_idx_offset()) = static_cast<int32_t>(token);
+    }
+};
+
+struct OutputSink : StagedShape {
+    const DispatchArgs& args;
+    int64_t first_row, count;
+
+    __device__ OutputSink(const DispatchArgs& a, int src_rank)
+        : StagedShape(a), args(a), first_row(first_row_between(a, src_rank, a.domain.rank)), count(num_rows_between(a, src_rank, a.domain.rank, a.capacity)) {}
+    __device__ int64_t num_rows() const { return count; }
+    __device__ uint8_t* address(int64_t row, int unit) const { return args.recv_x + (first_row + row) * parts.num_row_bytes + parts.begin(unit); }
+    __device__ void unpack(int64_t row, const uint8_t* from) const {
+        const int lane = threadIdx.x % 32;
+        const int64_t at = first_row + row;
+        for (int col = lane; col < side.num_scales; col += 32) args.recv_scales[at * side.num_scales + col] = reinterpret_cast<const uint32_t*>(from)[col];
+        if (lane < side.num_topk) {
+            args.recv_topk_idx[at * side.num_topk + lane] = reinterpret_cast<const int64_t*>(from + side.topk_idx_offset())[lane];
+            args.recv_topk_weights[at * side.num_topk + lane] = reinterpret_cast<const float*>(from + side.weights_offset())[lane];
+        }
+        if (lane == 0 && side.num_src_idx > 0) args.recv_src_idx[at] = *reinterpret_cast<const int32_t*>(from + side.src_idx_offset());
+    }
+};
+
+// The rows that cannot go directly. The first warps push, one for each other rank; as many more take out what peers have pushed here. Both
+// kinds run in every block, so that a lone resident block makes progress on both ends.
+template <bool kBulk>
+__device__ void exchange_staged(const DispatchArgs& args, const WaitContext& context, Shared& shared, uint8_t* dynamic) {
+    const Domain& domain = args.domain;
+    const int warp = threadIdx.x / 32;
+    const int num_peers = domain.num_ranks - 1;
+    if (warp >= 2 * num_peers || shared.handshake.is_failed) return;
+    const StagingLanes lanes{dynamic + warp * args.num_staging_lanes * args.num_lane_bytes, shared.staging_barriers[warp], args.num_staging_lanes,
+                             args.num_lane_bytes};
+    init_lanes(lanes);
+    const int peer = dst_rank_of(domain, warp % num_peers);
+    if (warp < num_peers) {
+        const Grant& grant = shared.handshake.grants[peer];
+        if (grant.is_staged) push_staged<kBulk>(domain, context, TokenSource(args, peer, grant.num_staged_rows), peer, lanes);
+    } else if (args.is_staged) {
+        drain_staged<kBulk>(domain, context, OutputSink(args, peer), peer, lanes);
+    }
+}
+
 // Worst-case sizes: rows that nobody sends are marked as such.
 __device__ void fill_unused_rows(const DispatchArgs& args) {
     const int num_ranks = args.domain.num_ranks;
@@ -278,7 +368,7 @@ __device__ void check_capacities(const DispatchArgs& args, const WaitContext& co
     const int dst_rank = threadIdx.x;
     if (blockIdx.x != 0 || dst_rank >= num_ranks || shared.is_failed) return;
     const int64_t wanted = args.rank_prefix[(num_ranks - 1) * num_ranks + dst_rank];
-    const int64_t capacity = shared.grants[dst_rank].num_rows;
+    const int64_t capacity = max_of(shared.grants[dst_rank].num_rows, shared.grants[dst_rank].num_staged_rows);
     if (wanted > capacity) report_error(context, ErrorKind::kOverflow, Phase::kRows, dst_rank, wanted, capacity, 0);
 }
 
@@ -304,7 +394,8 @@ __device__ void finish(const DispatchArgs& args, const WaitContext& context, Sha
     }
     __syncthreads();
     if (threadIdx.x == 0) {
-        ptx::store_relaxed_gpu(&state->push_claims[0], 0);
+        for (uint32_t& claims : state->push_claims) ptx::store_relaxed_gpu(&claims, 0);
+        for (uint32_t& claims : state->pull_claims) ptx::store_relaxed_gpu(&claims, 0);
         ptx::store_relaxed_gpu(&state->arrivals[kOp], 0);
         ptx::store_relaxed_gpu(&state->epochs[kOp], context.epoch);
     }
@@ -319,11 +410,9 @@ __global__ void __launch_bounds__(kMaxThreads, 1) push_rows_kernel(const __grid_
     const GrantSizes sizes{args.parts.num_row_bytes, args.num_scales * 4, args.num_topk * 8, args.num_topk * 4, args.has_src_idx ? 4 : 0};
     const OwnGrant own{args.is_staged ? kKindStaged : kKindDirect,
                        args.capacity,
-                       offset_in_arena(domain, args.recv_x),
-                       offset_in_arena(domain, args.recv_scales),
-                       offset_in_arena(domain, args.recv_topk_idx),
-                       offset_in_arena(domain, args.recv_topk_weights),
-                       offset_in_arena(domain, args.recv_src_idx)};
+                       {args.recv_x, reinterpret_cast<uint8_t*>(args.recv_scales), reinterpret_cast<uint8_t*>(args.recv_topk_idx),
+                        reinterpret_cast<uint8_t*>(args.recv_topk_weights), reinterpret_cast<uint8_t*>(args.recv_src_idx)},
+                       domain.arenas[domain.rank]};
     const int warp = threadIdx.x / 32;
     const bool is_pusher = warp < args.num_push_warps;
 #if DEEPEP_HAS_BULK
@@ -341,6 +430,13 @@ __global__ void __launch_bounds__(kMaxThreads, 1) push_rows_kernel(const __grid_
         pipe.run();
 #endif
     }
+    if (shared.handshake.has_staged) {
+        __syncthreads();  // the rings above are empty: their shared memory may be used anew
+#if DEEPEP_HAS_BULK
+        if (args.use_bulk) exchange_staged<true>(args, context, shared, dynamic);
+#endif
+        if (!args.use_bulk) exchange_staged<false>(args, context, shared, dynamic);
+    }
     if (args.fill_unused) fill_unused_rows(args);
     finish(args, context, shared);
 }
@@ -349,8 +445,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) push_rows_kernel(const __grid_
 
 cudaError_t launch_dispatch(const DispatchArgs& args, int num_sms, cudaStream_t stream) {
     const int num_threads = (args.num_push_warps + args.num_side_warps) * 32;
-    const int num_shared_bytes = args.use_bulk ? args.num_push_warps * args.num_stages * (args.num_stage_bytes + 8) : 0;
-    push_rows_kernel<<<num_sms, num_threads, num_shared_bytes, stream>>>(args);
+    push_rows_kernel<<<num_sms, num_threads, args.num_dynamic_bytes, stream>>>(args);
     return cudaGetLastError();
 }
 

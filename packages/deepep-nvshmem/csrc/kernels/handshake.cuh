@@ -9,7 +9,8 @@ namespace deepep::nvlink {
 // What one peer grants, checked against its arena.
 struct Grant {
     bool is_staged;
-    int64_t num_rows;  // 0 when the peer did not answer or granted nonsense
+    int64_t num_rows;         // that may be reached directly; 0 when the peer did not answer or granted nonsense
+    int64_t num_staged_rows;  // that go through the staging window
     uint8_t* rows;
     uint8_t* scales;
     uint8_t* topk_idx;
@@ -21,6 +22,7 @@ struct Handshake {
     uint32_t words[kMaxRanks][kReadyStride];
     Grant grants[kMaxRanks];
     uint32_t is_failed;
+    uint32_t has_staged;  // some rank (this one included) uses its staging window
 };
 
 // Bytes per row of each granted piece, for the bounds check; 0 where the operation does not use it.
@@ -32,24 +34,39 @@ __device__ __forceinline__ uint8_t* granted(const Domain& domain, int peer, cons
                                             int64_t num_unit_bytes, bool* is_good) {
     const int64_t offset = join_halves(words[word], words[word + 1]);
     if (num_unit_bytes == 0) return nullptr;
-    *is_good = *is_good && offset % 4 == 0 &&
+    *is_good = *is_good && offset % 16 == 0 &&
                (num_rows == 0 || extent_fits(offset, num_rows, num_unit_bytes, domain.window.num_bytes(), domain.num_arena_bytes));
     return domain.arenas[peer] + offset;
 }
 
+// This rank's record: the pieces of its outputs or inputs, in the order of GrantSizes.
+struct OwnGrant {
+    ReadyKind kind;
+    int64_t num_rows;
+    uint8_t* pointers[5];
+    const uint8_t* arena;
+
+    __device__ uint32_t word(int index) const {
+        if (index == kReadyKind) return kind;
+        if (index == kReadyNumRows) return static_cast<uint32_t>(num_rows);
+        const uint8_t* pointer = pointers[(index - kReadyRows) / 2];
+        const int64_t offset = kind == kKindStaged || pointer == nullptr ? 0 : pointer - arena;
+        return (index - kReadyRows) % 2 == 0 ? low_half(offset) : high_half(offset);
+    }
+};
+
 // Called by all threads of every block (posting twice changes nothing, and no block then depends on another one being resident).
-// `word_value(word)` is this rank's record. Returns with the grants in shared memory and the block in step.
-template <class WordValue>
+// Returns with the grants in shared memory and the block in step.
 __device__ __forceinline__ void exchange_grants(const Domain& domain, const WaitContext& context, Handshake& shared, const GrantSizes& sizes,
-                                                const WordValue& word_value) {
+                                                const OwnGrant& own) {
     const int num_words = domain.num_ranks * kNumReadyWords;
-    if (threadIdx.x == 0) shared.is_failed = 0;
+    if (threadIdx.x == 0) shared.is_failed = shared.has_staged = 0;
     // What this stream did before this kernel (readers of recycled outputs, writers of y) happened before the record.
     for (int i = threadIdx.x; i < num_words; i += blockDim.x) {
         if (i == static_cast<int>(threadIdx.x)) ptx::fence_acq_rel_sys();
         const int peer = i / kNumReadyWords, word = i % kNumReadyWords;
         uint64_t* words = domain.window.ready(domain.arenas[peer], context.op, domain.rank);
-        ptx::store_relaxed_sys(words + word, signal_word(context.epoch, word_value(word)));
+        ptx::store_relaxed_sys(words + word, signal_word(context.epoch, own.word(word)));
     }
     __syncthreads();
     for (int i = threadIdx.x; i < num_words; i += blockDim.x) {
@@ -80,37 +97,24 @@ __device__ __forceinline__ void exchange_grants(const Domain& domain, const Wait
                 grant.num_rows = 0;
             }
         }
-        if (shared.is_failed) grant.num_rows = 0;
+        if (grant.is_staged) {
+            shared.has_staged = 1;
+            grant.num_staged_rows = grant.num_rows;
+            grant.num_rows = 0;
+        }
+        if (shared.is_failed) grant.num_rows = grant.num_staged_rows = 0;
+        // This rank reaches its own memory wherever it is.
+        if (peer == domain.rank && grant.is_staged) {
+            grant.num_rows = grant.num_staged_rows;
+            grant.rows = own.pointers[0];
+            grant.scales = own.pointers[1];
+            grant.topk_idx = own.pointers[2];
+            grant.weights = own.pointers[3];
+            grant.src_idx = own.pointers[4];
+        }
         shared.grants[peer] = grant;
     }
     __syncthreads();
-}
-
-// This rank's record for outputs or inputs in its arena.
-struct OwnGrant {
-    ReadyKind kind;
-    int64_t num_rows, rows, scales, topk_idx, weights, src_idx;  // offsets in the arena
-
-    __device__ uint32_t operator()(int word) const {
-        switch (word) {
-            case kReadyKind: return kind;
-            case kReadyNumRows: return static_cast<uint32_t>(num_rows);
-            case kReadyRows: return low_half(rows);
-            case kReadyRows + 1: return high_half(rows);
-            case kReadyScales: return low_half(scales);
-            case kReadyScales + 1: return high_half(scales);
-            case kReadyTopkIdx: return low_half(topk_idx);
-            case kReadyTopkIdx + 1: return high_half(topk_idx);
-            case kReadyWeights: return low_half(weights);
-            case kReadyWeights + 1: return high_half(weights);
-            case kReadySrcIdx: return low_half(src_idx);
-            default: return high_half(src_idx);
-        }
-    }
-};
-
-__device__ __forceinline__ int64_t offset_in_arena(const Domain& domain, const void* pointer) {
-    return pointer == nullptr ? 0 : static_cast<int64_t>(static_cast<const uint8_t*>(pointer) - domain.arenas[domain.rank]);
 }
 
 }  // namespace deepep::nvlink

@@ -96,10 +96,15 @@ struct DispatchArgs {
     RowParts parts;
     bool use_bulk;
     bool use_bulk_scales;  // scale rows travel with the row's first part
+    bool gathers_scales;   // their elements do not lie in rows that a bulk copy can read
     int num_push_warps;
     int num_side_warps;
     int num_stages;
     int num_stage_bytes;
+    RowParts staged_parts;   // of a row in the staging window
+    int num_staging_lanes;   // rows that each staging warp carries at once
+    int num_lane_bytes;      // shared memory of each
+    int num_dynamic_bytes;   // shared memory
 };
 
 struct CombineArgs {
@@ -122,7 +127,11 @@ struct CombineArgs {
     RowParts parts;
     bool use_bulk;
     int num_stages;
-    int num_push_stages;  // staged: shared memory of each pushing warp
+    int num_stage_row_bytes;
+    int num_push_warps;     // ranks to push to when this rank's rows are staged, else 0
+    int num_staging_lanes;  // rows that each of them carries at once
+    int num_lane_bytes;     // shared memory of each
+    int num_dynamic_bytes;  // shared memory
 };
 
 struct FabricArgs {
@@ -137,9 +146,10 @@ struct FabricArgs {
 };
 
 // Shape limits of the kernels, for the host's choice.
-constexpr int kMaxPushWarps = 14;   // of dispatch
+constexpr int kMaxPushWarps = 12;   // of dispatch
 constexpr int kMaxPushStages = 8;   // of each
-constexpr int kMaxSideWarps = 4;
+constexpr int kMaxDispatchWarps = 20;  // push and side warps together
+constexpr int kMaxStagingLanes = 8;
 constexpr int kMaxPullStages = 16;  // of combine
 constexpr int kMaxSharedBytes = 232448;  // what a block may have on SM90 and SM100; smaller devices use no bulk copies
 

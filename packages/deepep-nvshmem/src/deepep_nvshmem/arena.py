@@ -17,6 +17,9 @@ from deep_ep.backend import GroupFacts
 from deep_ep.errors import BackendUnavailableError, BufferStateError, DeepEPError
 from deep_ep.rendezvous import close_descriptors, exchange_descriptors
 
+HEAP_GRANULE_BYTES = 2 << 20
+"""The heap hands out multiples of this; it is also what the driver maps at once."""
+
 _retired: list[SymmetricArena] = []
 """Arenas of destroyed buffers in which the user still holds tensors."""
 
@@ -41,7 +44,8 @@ class SymmetricArena:
         self._pool: torch.cuda.MemPool | None = None
         self._allocator: Any = None
         channel, phase = facts.channel, "construction"
-        num_bytes = num_window_bytes + num_heap_bytes
+        num_window_bytes = _whole_granules(num_window_bytes)
+        num_bytes = num_window_bytes + _whole_granules(num_heap_bytes)
         refusal = ""
         descriptor = -1
         try:
@@ -67,9 +71,10 @@ class SymmetricArena:
             close_descriptors(descriptors)
             os.close(descriptor)
         self._agree(channel, refusal, timeout_s)
-        self._num_window_bytes = num_window_bytes
         heap_start = int(self._arena.base) + num_window_bytes
-        self._heap = extension.Heap(base=heap_start, num_bytes=self.num_bytes - num_window_bytes)
+        self._heap = extension.Heap(
+            base=heap_start, num_bytes=self.num_bytes - num_window_bytes, granule=HEAP_GRANULE_BYTES
+        )
         self._allocator = torch.cuda.memory.CUDAPluggableAllocator(
             extension.__file__, "deepep_heap_alloc", "deepep_heap_free"
         )
@@ -121,6 +126,10 @@ class SymmetricArena:
         if self._arena is not None:
             self._arena.close()
             self._arena = None
+
+
+def _whole_granules(num_bytes: int) -> int:
+    return -(-num_bytes // HEAP_GRANULE_BYTES) * HEAP_GRANULE_BYTES
 
 
 def _close_retired() -> None:

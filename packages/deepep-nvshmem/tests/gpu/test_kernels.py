@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 torch = pytest.importorskip("torch")
@@ -11,16 +13,17 @@ world_module = pytest.importorskip("world", reason="needs the built extension (D
 
 from world import Case, Rank, World, allocate, combine, dispatch, layout, make_back, make_rank, notify  # noqa: E402
 
-_worlds: dict[int, World] = {}
+_worlds: dict[tuple[int, int], World] = {}
 
 
-def world_of(num_ranks: int) -> World:
+def world_of(num_ranks: int, staging_bytes: int = 64 << 20) -> World:
     if torch.cuda.device_count() < num_ranks:
         pytest.skip(f"needs {num_ranks} GPUs, found {torch.cuda.device_count()}")
-    if num_ranks not in _worlds:
-        _worlds[num_ranks] = World(num_ranks, 3 << 30)
-    _worlds[num_ranks].release()
-    return _worlds[num_ranks]
+    key = (num_ranks, staging_bytes)
+    if key not in _worlds:
+        _worlds[key] = World(num_ranks, 3 << 30, staging_bytes=staging_bytes)
+    _worlds[key].release()
+    return _worlds[key]
 
 
 def first_difference(name: str, rank: int, got: torch.Tensor, want: torch.Tensor) -> None:
@@ -100,8 +103,8 @@ def check_combine(case: Case, ranks: list[Rank], backs: list, *, weights: bool =
             first_difference("combined weights", rank, b.out_weights, total_weights)
 
 
-def run(case: Case) -> None:
-    world = world_of(case.num_ranks)
+def run(case: Case, staging_bytes: int = 64 << 20) -> None:
+    world = world_of(case.num_ranks, staging_bytes)
     ranks = [make_rank(world, case, rank) for rank in range(case.num_ranks)]
     world.sync()
     layout(world, case, ranks)
@@ -176,6 +179,27 @@ def cases() -> list[Case]:
 @pytest.mark.parametrize("case", cases(), ids=lambda case: case.name)
 def test_dispatch_and_combine_agree_with_tensor_arithmetic(case: Case) -> None:
     run(case)
+
+
+STAGED = [
+    Case(num_tokens=(64, 80), staged=(True, True)),
+    Case(num_tokens=(64, 80), staged=(True, False), num_biases=1),
+    Case(num_tokens=(100, 0, 70, 33), staged=(True,) * 4),
+    Case(num_tokens=(100, 90, 70, 33), staged=(False, True, False, True), num_topk=3, num_experts=12),
+    Case(num_tokens=(500, 400, 300, 200), staged=(True,) * 4, hidden_bytes=14336, num_topk=8, num_experts=256, num_sms=24),
+    Case(num_tokens=(300, 301, 302, 303), staged=(True,) * 4, hidden_bytes=7168, dtype=torch.uint8, num_scales=56, num_topk=8, num_experts=256),
+    Case(num_tokens=(200, 201, 3, 100), staged=(False, False, True, True), hidden_bytes=640, dtype=torch.uint8, num_scales=5, scales_layout="column"),
+    Case(num_tokens=(200, 201, 3, 100), staged=(True,) * 4, hidden_bytes=16 * 7, num_topk=1, num_sms=1),
+    Case(num_tokens=(200, 201, 3, 100), staged=(True,) * 4, routing="to_rank_0", hidden_bytes=32768, num_biases=2),
+    Case(num_tokens=(60,), staged=(True,), num_experts=8),
+]
+
+
+@pytest.mark.parametrize("use_bulk", [True, False], ids=["bulk", "plain"])
+@pytest.mark.parametrize("num_slots", [2048, 16], ids=["roomy", "tight"])
+@pytest.mark.parametrize("case", STAGED, ids=lambda case: case.name)
+def test_memory_out_of_reach_goes_through_the_staging_window(case: Case, num_slots: int, use_bulk: bool) -> None:
+    run(dataclasses.replace(case, use_bulk=use_bulk), staging_bytes=case.num_ranks * num_slots * 8192)
 
 
 def test_worst_case_sizes_need_no_host_and_mark_unused_rows() -> None:

@@ -210,7 +210,7 @@ def run_demo(context: RankContext, settings: DemoSettings) -> DemoReport | bool:
             times_ms=times,
         )
         if context.rank == 0:
-            torch.set_num_threads(max(1, os.cpu_count() or 1))  # the other ranks have nothing left to do
+            torch.set_num_threads(min(8, os.cpu_count() or 1))  # the other ranks have nothing left to do
             report.checks = _checks(settings, context.num_ranks, normal, low_latency)
         failed = ranks.any_rank(context, not report.agrees)
         return report if context.rank == 0 else not failed

@@ -71,7 +71,7 @@ def quantise_fp8(x: Bits16, *, round_scale: bool = False) -> tuple[Bits8, Float3
 
 
 def pack_ue8m0(scales: Float32) -> npt.NDArray[np.int32]:
-    """Powers of two ``[T, S]`` to their exponent bytes, four to an int32, the first in the lowest byte: ``[T, S / 4]``."""
+    """Exponent bytes of powers of two ``[T, S]``, four to an int32, the first in the lowest byte: ``[T, S / 4]``."""
     exponents = (np.ascontiguousarray(scales).view(np.uint32) >> 23).astype(np.uint8)
     return exponents.view("<i4")
 

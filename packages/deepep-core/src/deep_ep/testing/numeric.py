@@ -1,4 +1,4 @@
-"""Comparison of bits, and of the one format that is not exact. A failure shows the first difference and nothing less."""
+"""Comparison of bits, and of the one format that is not exact. A failure shows the first difference."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _INTEGER_OF_SIZE = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int
 
 
 def assert_bitwise_equal(
-    actual: torch.Tensor,
+    actual: torch.Tensor | None,
     expected: torch.Tensor | np.ndarray[Any, Any],
     what: str,
     *,
@@ -23,13 +23,15 @@ def assert_bitwise_equal(
     """Raise `AssertionError` unless shape, dtype and every bit agree.
 
     Args:
-        actual: what the library gave, any device.
+        actual: what the library gave, any device; ``None`` fails.
         expected: what it has to be.
         what: name of the tensor.
         rank: where this happens.
         axes: what the dimensions are called.
         origin: says for an index along the first axis where that row comes from, such as ``"token 3 of rank 1"``.
     """
+    if actual is None:
+        raise AssertionError(f"rank {rank}: {what} is None, expected a tensor of shape {list(expected.shape)}")
     wanted = expected if isinstance(expected, torch.Tensor) else torch.from_numpy(np.ascontiguousarray(expected))
     if tuple(actual.shape) != tuple(wanted.shape):
         raise AssertionError(f"rank {rank}: {what} has shape {list(actual.shape)}, expected {list(wanted.shape)}")
@@ -48,8 +50,8 @@ def assert_bitwise_equal(
     digits = 2 * given.element_size()
     mask = (1 << (8 * given.element_size())) - 1
     shown = [
-        f"{float(t[place]) if t.dtype.is_floating_point else t[place].item()!r} ({int(b[place]) & mask:#0{digits + 2}x})"
-        for t, b in ((given, bits), (wanted, wanted_bits))
+        f"{_value(tensor, place)} ({int(integers[place]) & mask:#0{digits + 2}x})"
+        for tensor, integers in ((given, bits), (wanted, wanted_bits))
     ]
     raise AssertionError(
         f"rank {rank}: {what} differs in {len(differing)} of {bits.size} elements, first at {where}{source}: "
@@ -87,6 +89,10 @@ def _bits(tensor: torch.Tensor, integer: torch.dtype) -> np.ndarray[Any, Any]:
         tensor.view(integer).numpy() if tensor.ndim else tensor.reshape(1).view(integer).numpy()
     )
     return bits.reshape(tensor.shape)
+
+
+def _value(tensor: torch.Tensor, place: tuple[int, ...]) -> str:
+    return str(float(tensor[place])) if tensor.dtype.is_floating_point else repr(tensor[place].item())
 
 
 def _names(axes: Sequence[str], count: int) -> list[str]:

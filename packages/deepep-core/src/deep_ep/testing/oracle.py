@@ -180,8 +180,8 @@ class LowLatencyOracle(_Choices):
     def num_received(self, rank: int) -> list[int]:
         """Rows of each local expert."""
         return [
-            sum(len(self.tokens(rank, expert, source)) for source in range(self.num_ranks))
-            for expert in range(self.num_local_experts)
+            sum(len(self.tokens(rank, local_expert, source)) for source in range(self.num_ranks))
+            for local_expert in range(self.num_local_experts)
         ]
 
     def combine(
@@ -203,9 +203,9 @@ class LowLatencyOracle(_Choices):
         indices, ranks = self.topk_idx[rank], self.rank_of_choice(rank)
         hidden = expert_rows(0, rank).shape[1]
         products = np.zeros((*indices.shape, hidden), dtype=np.float32)
-        for expert in np.unique(indices[indices >= 0]):
+        for expert in np.unique(indices[indices >= 0]).tolist():
             token, column = np.nonzero(indices == expert)
-            products[token, column] = topk_weights[token, column, None] * expert_rows(int(expert), rank)[token]
+            products[token, column] = topk_weights[token, column, None] * expert_rows(expert, rank)[token]
         groups = [indices >= 0] if reduce == "expert" else [ranks == r for r in range(self.num_ranks)]
         total = np.zeros((len(indices), hidden), dtype=np.float32)
         for group in groups:
@@ -219,7 +219,7 @@ class LowLatencyOracle(_Choices):
         """``[T, H]``: sum of ``|weight * row|``, what relative errors of lossy formats are measured against."""
         indices = self.topk_idx[rank]
         total = np.zeros((len(indices), expert_rows(0, rank).shape[1]), dtype=np.float32)
-        for expert in np.unique(indices[indices >= 0]):
+        for expert in np.unique(indices[indices >= 0]).tolist():
             token, column = np.nonzero(indices == expert)
-            total[token] += np.abs(topk_weights[token, column, None] * expert_rows(int(expert), rank)[token])
+            total[token] += np.abs(topk_weights[token, column, None] * expert_rows(expert, rank)[token])
         return total

@@ -6,12 +6,12 @@ expert and no options, and its ``repr`` is all that is needed to run it again.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal
 
 from hypothesis import strategies as st
 
-from .conformance.low_latency import LowLatencyOptions
-from .conformance.normal import OVERLAPS, NormalOptions
+from .conformance.low_latency_calls import CASTS, COMPLETIONS, LowLatencyOptions
+from .conformance.normal_calls import OVERLAPS, NormalOptions
 from .inputs import Case
 from .routing import PATTERNS, Routing
 
@@ -23,6 +23,7 @@ def _divisors(number: int) -> list[int]:
 @st.composite
 def routings(
     draw: st.DrawFn,
+    /,
     *,
     num_ranks: int,
     max_tokens: int = 10,
@@ -45,9 +46,11 @@ def routings(
 
 
 @st.composite
-def normal_cases(draw: st.DrawFn, *, num_ranks: int, nodes: bool = True, **limits: Any) -> tuple[Case, NormalOptions]:
+def normal_cases(
+    draw: st.DrawFn, /, *, num_ranks: int, nodes: bool = True, **limits: Any
+) -> tuple[Case, NormalOptions]:
     """A case of normal mode and how to call it. With ``nodes``, virtual nodes are drawn too."""
-    dtype = draw(st.sampled_from(["bf16", "fp8"]))
+    dtype: Literal["bf16", "fp8"] = "fp8" if draw(st.booleans()) else "bf16"
     case = Case(
         routing=draw(routings(num_ranks=num_ranks, **limits)),
         hidden=16 * draw(st.integers(1, 8)) if dtype == "fp8" else 8 * draw(st.integers(1, 16)),
@@ -71,16 +74,16 @@ def normal_cases(draw: st.DrawFn, *, num_ranks: int, nodes: bool = True, **limit
 
 
 @st.composite
-def low_latency_cases(draw: st.DrawFn, *, num_ranks: int, **limits: Any) -> tuple[Case, LowLatencyOptions]:
+def low_latency_cases(draw: st.DrawFn, /, *, num_ranks: int, **limits: Any) -> tuple[Case, LowLatencyOptions]:
     """A case of low-latency mode and how to call it."""
-    cast = draw(st.sampled_from(["bf16", "fp8", "fp8_rounded", "ue8m0"]))
+    cast = draw(st.sampled_from(CASTS))
     case = Case(
         routing=draw(routings(num_ranks=num_ranks, **limits)),
         hidden=512 if cast == "ue8m0" else 128 * draw(st.integers(1, 3)),
     )
     options = LowLatencyOptions(
         cast=cast,
-        completion=draw(st.sampled_from(["synchronous", "hook", "async"])),
+        completion=draw(st.sampled_from(COMPLETIONS)),
         ll_reduce=draw(st.sampled_from(["rank", "expert"])),
         index_dtype=draw(st.sampled_from(["int64", "int32"])),
         num_spare_tokens=draw(st.integers(0, 3)),

@@ -1,7 +1,7 @@
 """The conformance suite: subclass these, say which backend, and run pytest.
 
-The classes ask for capabilities, never for names. What a backend does not claim is skipped with a reason; what it claims
-is compared with plain arithmetic over the inputs of all ranks.
+The classes ask for capabilities, never for names. What a backend does not claim is skipped with a reason; what it
+claims is compared with plain arithmetic over the inputs of all ranks.
 """
 
 from __future__ import annotations

@@ -29,7 +29,6 @@ from deep_ep.launch import RankContext, RankFailure, run_ranks
 from ..formats import bf16_tensor
 from ..inputs import Case
 from ..routing import Routing
-from . import low_latency, normal
 from .base import Conformance, Run, Setup, at_least, environment_of
 from .lifecycle import modes_round_trip
 
@@ -60,9 +59,7 @@ def outcome_of(call: Callable[[], object]) -> Outcome:
         call()
     except DeepEPError as error:
         ranks = error.ranks if isinstance(error, PeerError) else ()
-        return Outcome(
-            error=type(error).__name__, text=str(error), ranks=ranks, seconds=time.monotonic() - started
-        )
+        return Outcome(error=type(error).__name__, text=str(error), ranks=ranks, seconds=time.monotonic() - started)
     return Outcome(error="", text="", ranks=(), seconds=time.monotonic() - started)
 
 
@@ -91,7 +88,7 @@ class Calls:
         per_rank, per_node, per_expert, in_rank, _ = self.buffer.get_dispatch_layout(
             self.topk_idx, self.case.routing.num_experts
         )
-        arguments = {
+        arguments: dict[str, Any] = {
             "x": self.x,
             "num_tokens_per_rank": per_rank,
             "num_tokens_per_rdma_rank": per_node,
@@ -108,7 +105,7 @@ class Calls:
         return self.buffer.combine(**({"x": rows, "handle": handle} | wrong))
 
     def low_latency_dispatch(self, **wrong: Any) -> tuple[Any, ...]:
-        arguments = {
+        arguments: dict[str, Any] = {
             "x": self.x,
             "topk_idx": self.topk_idx,
             "num_max_dispatch_tokens_per_rank": max(self.case.routing.num_tokens),
@@ -117,10 +114,8 @@ class Calls:
         return self.buffer.low_latency_dispatch(**(arguments | wrong))
 
     def low_latency_combine(self, handle: Any, **wrong: Any) -> tuple[Any, ...]:
-        arguments = {
-            "x": torch.zeros(
-                (*handle[0].shape, self.case.hidden), dtype=torch.bfloat16, device=self.context.device
-            ),
+        arguments: dict[str, Any] = {
+            "x": torch.zeros((*handle[0].shape, self.case.hidden), dtype=torch.bfloat16, device=self.context.device),
             "topk_idx": self.topk_idx,
             "topk_weights": self.topk_weights,
             "handle": handle,
@@ -259,7 +254,9 @@ class ErrorConformance(Conformance):
             if rank != offender:
                 assert outcome.error == PeerRefusedError.__name__, f"rank {rank}: {outcome}"
                 assert outcome.ranks == (offender,)
-                assert outcomes[offender].text[:60] in outcome.text, f"rank {rank} does not pass on the reason: {outcome}"
+                assert outcomes[offender].text[:60] in outcome.text, (
+                    f"rank {rank} does not pass on the reason: {outcome}"
+                )
                 assert outcome.seconds < 10.0, f"rank {rank} learnt of the refusal after {outcome.seconds:.1f} s"
 
     @at_least(2)
@@ -309,4 +306,4 @@ class ErrorConformance(Conformance):
         assert outcome.seconds < 5.0, f"the wait ended {outcome.seconds:.1f} s after it began"
 
 
-__all__ = ["Calls", "ErrorConformance", "Outcome", "low_latency", "normal", "outcome_of"]
+__all__ = ["Calls", "ErrorConformance", "Outcome", "outcome_of"]

@@ -15,7 +15,8 @@ from deep_ep.launch import RankContext
 
 from ..inputs import Case
 from ..routing import Routing, uneven_tokens
-from . import low_latency, normal
+from . import low_latency_calls as low_latency
+from . import normal_calls as normal
 from .base import Conformance, Run, Setup
 
 
@@ -46,7 +47,8 @@ def repeated_construction(context: RankContext, setup: Setup, case: Case, modes:
 
 def use_after_destroy(context: RankContext, setup: Setup, case: Case, modes: tuple[Mode, ...]) -> None:
     buffer = setup.buffer(context, low_latency="low_latency" in modes, explicitly_destroy=True)
-    assert buffer.runtime is not None
+    runtime = buffer.runtime
+    assert runtime is not None
     modes_round_trip(buffer, case, context, modes)
     buffer.destroy()
     buffer.destroy()
@@ -157,9 +159,7 @@ class LifecycleConformance(Conformance):
 
     @pytest.mark.parametrize("mode", ["normal", "low_latency", "both"])
     def test_buffer_sized_by_model_facts(self, run: Run, setup: Setup, num_ranks: int, mode: Any) -> None:
-        wanted: tuple[Mode, ...] = {"normal": ("normal",), "low_latency": ("low_latency",)}.get(
-            mode, ("normal", "low_latency")
-        )
+        wanted: tuple[Mode, ...] = ("normal", "low_latency") if mode == "both" else (mode,)
         if not set(wanted) <= set(self.modes):
             pytest.skip(f"backend {self.backend!r} serves {' and '.join(self.modes)} mode only")
         run(sized_by_model_facts, self.case(num_ranks), mode, wanted, num_ranks=num_ranks)

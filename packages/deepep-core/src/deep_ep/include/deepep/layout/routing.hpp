@@ -34,4 +34,17 @@ struct RowParts {
     }
 };
 
+// What accompanies a row through the staging window, as one unit:
+//   scales uint32 [S] | top-k indices int64 [K] (8-byte aligned) | weights float32 [K] | source token int32
+struct SideRow {
+    int32_t num_scales;
+    int32_t num_topk;
+    int32_t num_src_idx;  // 1 or 0
+
+    DEEPEP_HOST_DEVICE int32_t topk_idx_offset() const { return static_cast<int32_t>(align_up(4ll * num_scales, 8)); }
+    DEEPEP_HOST_DEVICE int32_t weights_offset() const { return topk_idx_offset() + 8 * num_topk; }
+    DEEPEP_HOST_DEVICE int32_t src_idx_offset() const { return weights_offset() + 4 * num_topk; }
+    DEEPEP_HOST_DEVICE int32_t num_bytes() const { return static_cast<int32_t>(align_up(src_idx_offset() + 4ll * num_src_idx, 16)); }
+};
+
 }  // namespace deepep

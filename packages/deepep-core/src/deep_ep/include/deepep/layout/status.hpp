@@ -84,7 +84,7 @@ struct DeviceState {
     uint32_t error_claim;             // generation whose error record has an author
     uint32_t reserved;
     uint32_t push_claims[kMaxRanks];  // staged paths: next item to push to each rank
-    uint32_t pull_claims[kMaxRanks + 2];  // staged paths: next item to take (from each rank; of rows; of weights)
+    uint32_t pull_claims[kMaxRanks + 2];  // next row to take from each rank (staged paths); then: next row to send or token to sum
     uint32_t padding[26];
 };
 static_assert(sizeof(DeviceState) % 128 == 0, "the window aligns its regions to 128 bytes");
