@@ -131,7 +131,8 @@ def main(names: list[str]) -> int:
     pages = [Path(name).resolve() for name in names]
     if not pages:
         pages = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-        pages += sorted((ROOT / "packages").glob("*/README.md"))
+        pages += [*sorted((ROOT / "packages").glob("*/README.md")), ROOT / "examples" / "README.md"]
+        pages += sorted((ROOT / "benchmarks").rglob("README.md"))
     unlisted = [] if names else list(unlisted_names())
     print(*unlisted, sep="\n", end="\n" if unlisted else "")
     failures, num_examples = len(unlisted), 0

@@ -94,7 +94,7 @@ def without_rank(context: RankContext, absent: int, what: str) -> Outcome | None
     if what != "construction":
         buffer = Buffer(context.group, 0, 1 << 16, low_latency_mode=True, timeout_s=DEADLINE_S, backend="reference")
     if context.rank == absent:
-        time.sleep(2.5 * DEADLINE_S)
+        time.sleep(DEADLINE_S + 1.5)
         return None
     if buffer is None:
         return outcome_of(lambda: Buffer(context.group, timeout_s=DEADLINE_S, backend="reference"))

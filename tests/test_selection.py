@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from deep_ep import Buffer, registry
-from deep_ep.launch import RankContext
+from deep_ep.launch import RankContext, RankPool
 from deep_ep.testing.conformance.errors import Outcome, outcome_of
 
 # A stand-in for a fast first-party backend, and one of other people's. Both are the reference backend under another
@@ -103,10 +103,17 @@ def choose(
         sys.path.remove(plugins)
 
 
+@pytest.fixture(scope="module")
+def pool():
+    """Ranks of this file's own: a process remembers the entry points that it saw first."""
+    with RankPool(4) as pool:
+        yield pool
+
+
 @pytest.fixture
-def run(rank_pool, plugins):
+def run(pool, plugins):
     def run(arguments: dict[str, Any], *more: Any, num_ranks: int = 2, **environment: str) -> list[Any]:
-        return rank_pool.run(
+        return pool.run(
             choose, plugins, arguments, *more, num_ranks=num_ranks, environment={**NO_SETTINGS, **environment}
         )
 

@@ -16,9 +16,10 @@ import pytest
 import torch
 from typer.testing import CliRunner, Result
 
-from deep_ep import Buffer
+from deep_ep import Buffer, Config
+from deep_ep import settings as library_settings
 from deep_ep.cli import backends as cli_backends
-from deep_ep.cli import bench_data, demo, machine, show
+from deep_ep.cli import bench_data, demo, machine, show, tune
 from deep_ep.cli.app import app
 from deep_ep.cli.bench_job import BenchResult, BenchSettings, run_bench
 from deep_ep.cli.demo_job import DemoReport, DemoSettings, run_demo, token_range
@@ -320,6 +321,43 @@ def test_bench_refuses_sm_counts_on_a_cpu(here: Path) -> None:
     assert "no SMs on a CPU" in result.output
 
 
+# --- tuning ---------------------------------------------------------------------------------------------------------
+
+
+def test_fewest_sms_win_unless_they_cost_time() -> None:
+    assert tune.winner({4: 2.0, 8: 1.02, 12: 1.0, 16: 1.0}) == 8
+    assert tune.winner({4: 2.0, 8: 1.04, 12: 1.0, 16: 0.99}) == 12
+
+
+def test_winners_replace_their_tables_and_nothing_else() -> None:
+    mine = '# mine\n[deepep]\nbackend = "reference"\n'
+    before = f"{mine}\n[tuning.dispatch.2]\nnum_sms = 99\n\n[tuning.dispatch.8]\nnum_sms = 6\n"
+    result = tune.TuneResult(
+        num_ranks=2, backend="reference", winners={o: dataclasses.asdict(Config(num_sms=4)) for o in tune.OPERATIONS}
+    )
+    once = tune.merge(before, result, BenchSettings(shape=_shape()))
+    assert once.startswith(mine)
+    assert "99" not in once
+    assert once.count("[tuning.dispatch.2]") == once.count("[tuning.combine.2]") == 1
+    assert "[tuning.dispatch.8]\nnum_sms = 6\n" in once
+    assert tune.merge(once, result, BenchSettings(shape=_shape())) == once
+
+
+def test_tune_writes_what_the_library_reads(here: Path) -> None:
+    options = "--device cpu --tokens 8 --hidden 128 --topk 2 --experts 4 --iterations 2 --warmup 1"
+    result = run(f"tune --ranks 2 --num-sms 2,4 {options}")
+    assert result.exit_code == 0, result.output
+    assert result.output.count("chosen") == 2
+    table = library_settings.load(directory=here).tuning
+    assert table["dispatch"][2]["hidden"] == 128
+    assert Buffer.get_dispatch_config(2) == Config(num_sms=table["dispatch"][2]["num_sms"])
+    assert Buffer.get_combine_config(2).num_sms == table["combine"][2]["num_sms"] in (2, 4)
+    nothing = run(f"tune --ranks 2 {options} --output other.toml")
+    assert nothing.exit_code == 1
+    assert "nothing to vary" in nothing.output
+    assert not (here / "other.toml").exists()
+
+
 # --- backends and doctor --------------------------------------------------------------------------------------------
 
 
@@ -429,7 +467,7 @@ def test_module_and_version() -> None:
 def test_numbers_are_shown_with_units() -> None:
     assert [show.bytes_text(n) for n in (0, 1023, 1536, 3 << 20)] == ["0 B", "1023 B", "1.5 KiB", "3.0 MiB"]
     assert [show.duration(s) for s in (2.5e-6, 0.000123, 0.0123)] == ["2.50 us", "123 us", "12.3 ms"]
-    assert show.span(0.00621, 0.0147) == "6.21 to 14.7 ms"
+    assert show.span(0.00621, 0.0147) == "6.21-14.7 ms"
     assert show.bar(0, 10) == " "
     assert show.bar(0.1, 10) == "▁"
     assert show.bar(10, 10) == "█"

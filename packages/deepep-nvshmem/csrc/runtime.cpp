@@ -55,9 +55,9 @@ void require_rows(const char* op, int64_t num_row_bytes, int64_t num_tokens, int
             where + "num_topk is " + std::to_string(num_topk) + "; accepted are 0 to " + std::to_string(kMaxTopk) + ".");
 }
 
-// How many rows each staging warp carries at once: what shared memory holds, and few enough that the ring takes a batch and one row more.
+// How many rows each staging warp carries at once: what shared memory holds, and few enough that the ring takes two batches.
 void choose_staging_lanes(const char* op, bool use_bulk, int num_warps, int num_lane_bytes, int num_shared_bytes, int num_units, int64_t num_slots, int& num_lanes) {
-    const int64_t fit_slots = num_slots / num_units - 1;
+    const int64_t fit_slots = num_slots / (2 * num_units);
     require(fit_slots >= 1, std::string(op) + ": the staging window has " + std::to_string(num_slots) + " slots for each rank; this row size needs " +
                                 std::to_string(2 * num_units) + ". Give num_staging_bytes more.");
     const int64_t fit_shared = num_warps == 0 ? 1 : num_shared_bytes / (static_cast<int64_t>(num_warps) * num_lane_bytes);

@@ -199,6 +199,9 @@ class DispatchRequest:
         handle: V1's tuple as an earlier fresh dispatch returned it (perhaps a fresh plain tuple of its parts).
         num_sms: how many SMs to use.
         num_sms_is_exact: the user chose it, so it is obeyed exactly; else it is a ceiling.
+        output_stream: where outputs should be allocated, so that their memory can be reused without waiting for events;
+            the backend then lets the current stream wait for it after allocating (what was freed there may still be
+            read). ``None``: on the current stream. A hint: outputs allocated elsewhere are right too.
     """
 
     x: torch.Tensor
@@ -211,6 +214,7 @@ class DispatchRequest:
     handle: tuple[torch.Tensor | None, ...] | None = None
     num_sms: int = 20
     num_sms_is_exact: bool = False
+    output_stream: torch.cuda.Stream | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,7 +248,7 @@ class CombineRequest:
         handle: V1's tuple of the dispatch.
         topk_weights: float32 ``[R, K]``, summed over ranks beside the rows, or ``None``.
         biases: 0 to 2 bf16 tensors ``[T, H]``, added first.
-        num_sms, num_sms_is_exact: as in `DispatchRequest`.
+        num_sms, num_sms_is_exact, output_stream: as in `DispatchRequest`.
     """
 
     x: torch.Tensor
@@ -253,6 +257,7 @@ class CombineRequest:
     biases: tuple[torch.Tensor, ...] = ()
     num_sms: int = 20
     num_sms_is_exact: bool = False
+    output_stream: torch.cuda.Stream | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

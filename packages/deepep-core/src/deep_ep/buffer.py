@@ -11,6 +11,7 @@ import contextlib
 import logging
 import threading
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -274,6 +275,14 @@ class Buffer(LowLatencyCalls):
         """Where the tensors of the last normal-mode call were placed; empty where the backend has nothing to tell."""
         return self._normal("placement").placement()
 
+    def push_limit_gbps(self, num_sms: int) -> float | None:
+        """The best all-to-all push rate here, GB/s of egress per rank, measured now; ``None`` if unknown. Collective."""
+        return self._normal("push_limit_gbps").push_limit_gbps(num_sms)
+
+    def tuning_space(self) -> Mapping[str, tuple[int, ...]]:
+        """What `deepep tune` may vary beside the SM count, with the values worth trying."""
+        return self._normal("tuning_space").tuning_space()
+
     @contextlib.contextmanager
     def symmetric_memory(self) -> Iterator[None]:
         """Tensors allocated inside the block are placed where peers can reach them, so that `combine` copies less.
@@ -490,6 +499,8 @@ class Buffer(LowLatencyCalls):
                         num_sms_is_exact=is_exact,
                     )
             stream = part.comm_stream if request.x.is_cuda else None
+            if stream is not None and not allocate_on_comm_stream:
+                request = replace(request, output_stream=torch.cuda.current_stream())
             with behind(stream, previous_event):
                 result = part.dispatch(request)
         new_handle = result.handle if handle is None else None
@@ -548,6 +559,8 @@ class Buffer(LowLatencyCalls):
                     num_sms_is_exact=is_exact,
                 )
             stream = part.comm_stream if request.x.is_cuda else None
+            if stream is not None and not allocate_on_comm_stream:
+                request = replace(request, output_stream=torch.cuda.current_stream())
             with behind(stream, previous_event):
                 result = part.combine(request)
         inputs = [request.x, request.topk_weights, *request.biases, *request.handle]

@@ -1,10 +1,10 @@
 // Combine: every token's expert outputs come back from the ranks that hold them and are summed.
 //
-// Load warp      brings the rows of a token, part by part, into a ring of shared-memory stages: by bulk loads from the owner's memory (pull), or
-//                from this rank's own staging window where the owner pushes. One lane per owning rank.
+// Load warps     bring the rows of a token, part by part, into shared-memory stages: by bulk loads from the owner's memory (pull), or from this
+//                rank's own staging window where the owner pushes. One lane per owning rank; each warp has tokens and stages of its own, because
+//                one warp alone cannot issue copies fast enough for a few SMs to fill the link.
 // Sum warps      dealt out to the stages: a stage's warps add its rows in rank order behind the biases, round once, store.
-// Weights warp   sums the top-k weights in the same order with ordinary loads. When some owner pushes, the weights travel like parts of a row, and
-//                this warp returns the window's slots instead.
+// Weights warp   sums the top-k weights in the same order with ordinary loads. (When some owner pushes, weights travel like parts of a row.)
 // Push warps     only where this rank's own rows are out of its peers' reach: one per other rank (staging.cuh).
 // (Without bulk copies every sum warp loads, sums and stores by itself: plain_combine.cuh.)
 // Before: send_head says at which row each rank holds a token. An owner's rows are read only after its READY was seen; an owner's kernel ends only
@@ -36,12 +36,13 @@ struct Pipeline {
 
 class LoadWarp {
 public:
-    __device__ LoadWarp(const CombineArgs& args, const WaitContext& context, const Handshake& handshake, Pipeline& pipeline, uint8_t* ring)
+    __device__ LoadWarp(const CombineArgs& args, const WaitContext& context, const Handshake& handshake, Pipeline& pipeline, uint8_t* ring, int warp)
         : args_(args), context_(context), handshake_(handshake), pipeline_(pipeline), ring_(ring), lane_(threadIdx.x % 32), rank_(lane_ % kMaxRanks),
           grant_(handshake.grants[rank_]) {
         base_ = first_row_of(args, rank_);
         is_ring_ = rank_ != args.domain.rank && grant_.is_staged;
         num_units_ = units_per_row(args);
+        stage_ = first_stage_ = warp;
         num_parts_ = args.parts.num_parts + (handshake.has_staged && args.num_topk > 0 ? 1 : 0);
     }
 
@@ -49,9 +50,10 @@ public:
     __device__ void run() {
         ptx::fence_async_global();  // READY, acquired by this block, permits the bulk loads below
         // Where a window has to be emptied in order, a token must not belong to a block that is not running yet: then even the first is claimed.
-        const int64_t num_dealt = handshake_.has_staged ? 0 : gridDim.x;
+        const int64_t num_dealt = handshake_.has_staged ? 0 : static_cast<int64_t>(gridDim.x) * num_load_warps(args_);
         if (handshake_.has_staged) claim();
-        int64_t token = handshake_.has_staged ? static_cast<int64_t>(__shfl_sync(~0u, claimed_, 0)) : blockIdx.x;
+        int64_t token = handshake_.has_staged ? static_cast<int64_t>(__shfl_sync(~0u, claimed_, 0))
+                                              : static_cast<int64_t>(first_stage_) * gridDim.x + blockIdx.x;
         claim();
         int32_t row = row_of(token);
         bool is_good = true;
@@ -63,7 +65,7 @@ public:
             token = next_token;
             row = next_row;
         }
-        for (int i = 0; i < args_.num_stages; ++i) {
+        for (int i = first_stage_; i < args_.num_stages; i += num_load_warps(args_)) {
             if (lane_ == 0) {
                 ptx::mbarrier_wait(pipeline_.empty + stage_, parity_);  // so all loads have landed, too
                 pipeline_.items[stage_] = {0, 0, kEndItem, 0, 0};
@@ -82,8 +84,9 @@ private:
         return token < args_.num_tokens && rank_ < args_.domain.num_ranks ? args_.send_head[token * args_.domain.num_ranks + rank_] : -1;
     }
     __device__ void advance() {
-        if (++stage_ == args_.num_stages) {
-            stage_ = 0;
+        stage_ += num_load_warps(args_);
+        if (stage_ >= args_.num_stages) {
+            stage_ = first_stage_;
             parity_ ^= 1;
         }
     }
@@ -110,7 +113,6 @@ private:
             const uint64_t full = signal_word(context_.epoch, static_cast<uint32_t>(unit + 1));
             if (ptx::load_acquire_sys(word) != full) {
                 is_full = wait_exact(context_, word, full, Phase::kSlotFull, rank_);
-                acquire_signal(word);
             }
             ptx::fence_async_global();  // FULL, acquired above, permits the bulk load
         }
@@ -146,12 +148,14 @@ private:
             num_copied = static_cast<int>(align_up(num_bytes + shift, 16));
         }
         const int place = __popc(mask & ((1u << rank_) - 1));
-        const int num_total = __reduce_add_sync(~0u, num_copied);
+        const int num_total = is_weights ? __reduce_add_sync(~0u, num_copied) : __popc(mask) * num_bytes;
         const uint32_t shifts = is_weights ? __reduce_or_sync(~0u, shift / 4 << 2 * place) : 0;
         if (lane_ == 0) ptx::mbarrier_wait(pipeline_.empty + stage_, parity_);
-        __syncwarp();
-        if (handshake_.has_staged && lane_ / kMaxRanks == part % 4) pipeline_.slot_numbers[stage_][rank_] = slot_number;
-        __syncwarp();
+        if (handshake_.has_staged) {
+            __syncwarp();
+            if (lane_ / kMaxRanks == part % 4) pipeline_.slot_numbers[stage_][rank_] = slot_number;
+            __syncwarp();
+        }
         if (lane_ == 0) {
             const int64_t offset = is_weights ? token * args_.num_topk : token * args_.parts.num_row_bytes + args_.parts.begin(part);
             pipeline_.items[stage_] = {offset, num_bytes, is_weights ? kWeightsItem : kRowsItem, static_cast<uint8_t>(__popc(mask)),
@@ -176,13 +180,14 @@ private:
     int num_parts_;
     bool is_ring_;
     uint32_t claimed_ = 0;
-    int stage_ = 0;
+    int first_stage_;
+    int stage_;
     uint32_t parity_ = 1;  // a fresh barrier counts as completed for parity 1
 };
 
 // Every stage has its own warps, so that several stages are summed at once. It has to be its own: stages fill in any order, and a warp that
 // came to a stage's use before the use before it had landed would take the barrier's older phase of the same parity for its own.
-__device__ void sum_stages(const CombineArgs& args, Pipeline& pipeline, const uint8_t* ring, int warp) {
+__device__ void sum_stages(const CombineArgs& args, const WaitContext& context, bool has_staged, Pipeline& pipeline, const uint8_t* ring, int warp) {
     const int num_stage_threads = kNumSumWarps / args.num_stages * 32;
     const int stage = warp * 32 / num_stage_threads;
     if (stage >= args.num_stages) return;
@@ -192,6 +197,13 @@ __device__ void sum_stages(const CombineArgs& args, Pipeline& pipeline, const ui
         ptx::mbarrier_wait(pipeline.full + stage, parity);
         const StageItem item = pipeline.items[stage];
         if (item.kind == kEndItem) return;
+        // The rows have left the window: its slots go back to their pushers.
+        if (has_staged && thread < args.domain.num_ranks && pipeline.slot_numbers[stage][thread] != 0) {
+            const NormalWindow& window = args.domain.window;
+            const uint32_t number = pipeline.slot_numbers[stage][thread];
+            ptx::store_release_sys(window.slot_free(args.domain.arenas[thread], Op::kCombine, args.domain.rank) + (number - 1) % window.num_slots,
+                                   signal_word(context.epoch, number));
+        }
         if (item.kind == kRowsItem) {
             sum_some_rows(item.num_rows, rows, args.num_stage_row_bytes, args.bias_0 == nullptr ? nullptr : args.bias_0 + item.offset,
                           args.bias_1 == nullptr ? nullptr : args.bias_1 + item.offset, args.out + item.offset, thread * 16, num_stage_threads * 16,
@@ -208,35 +220,6 @@ __device__ void sum_stages(const CombineArgs& args, Pipeline& pipeline, const ui
     }
 }
 
-// Returns the slots of the window once their bytes have reached shared memory: up to four stages behind one fence, but not more than a
-// token's, because the pusher of the next token may be waiting for them. It visits every stage in turn and is counted by `empty`.
-__device__ void return_slots(const CombineArgs& args, const WaitContext& context, Pipeline& pipeline) {
-    const Domain& domain = args.domain;
-    const int lane = threadIdx.x % 32;
-    const int rank = lane % kMaxRanks;
-    const int num_token_items = args.parts.num_parts + (args.num_topk > 0 ? 1 : 0);
-    int stage = 0, part = 0;
-    uint32_t parity = 0;
-    for (bool is_over = false; !is_over;) {
-        uint32_t number = 0;
-        for (int i = 0; i < 4 && !is_over && (i == 0 || part != 0); ++i) {
-            ptx::mbarrier_wait(pipeline.full + stage, parity);
-            is_over = pipeline.items[stage].kind == kEndItem;
-            if (!is_over && lane / kMaxRanks == i) number = pipeline.slot_numbers[stage][rank];
-            __syncwarp();
-            if (lane == 0) ptx::mbarrier_arrive(pipeline.empty + stage);
-            part = part + 1 == num_token_items ? 0 : part + 1;
-            if (++stage == args.num_stages) {
-                stage = 0;
-                parity ^= 1;
-            }
-        }
-        if (number != 0)
-            ptx::store_release_sys(domain.window.slot_free(domain.arenas[rank], Op::kCombine, domain.rank) + (number - 1) % domain.window.num_slots,
-                                   signal_word(context.epoch, number));
-        __syncwarp();
-    }
-}
 #endif
 
 struct Shared {
@@ -260,7 +243,7 @@ __device__ void finish(const CombineArgs& args, const WaitContext& context, Shar
         const uint64_t* word = domain.window.done(domain.arenas[domain.rank], Op::kCombine, threadIdx.x);
         uint32_t value = 0;
         // The next writer of y runs behind this kernel: it may overwrite what that peer has read.
-        if (wait_signal(context, word, context.epoch, Phase::kReadDone, threadIdx.x, &value)) acquire_signal(word);
+        wait_signal<true>(context, word, context.epoch, Phase::kReadDone, threadIdx.x, &value);
     }
     __syncthreads();
     if (threadIdx.x == 0) {
@@ -272,7 +255,7 @@ __device__ void finish(const CombineArgs& args, const WaitContext& context, Shar
 }
 
 template <int kMaxPushWarpsHere>
-__global__ void __launch_bounds__((kNumSumWarps + 2 + kMaxPushWarpsHere) * 32, 1) gather_and_sum_kernel(const __grid_constant__ CombineArgs args) {
+__global__ void __launch_bounds__((kWeightsWarp + 1 + kMaxPushWarpsHere) * 32, 1) gather_and_sum_kernel(const __grid_constant__ CombineArgs args) {
     extern __shared__ __align__(128) uint8_t dynamic[];
     __shared__ Shared shared;
     const Domain& domain = args.domain;
@@ -289,7 +272,7 @@ __global__ void __launch_bounds__((kNumSumWarps + 2 + kMaxPushWarpsHere) * 32, 1
     if (args.use_bulk && threadIdx.x == 0) {
         for (int stage = 0; stage < args.num_stages; ++stage) {
             ptx::mbarrier_init(shared.pipeline.full + stage, 1);
-            ptx::mbarrier_init(shared.pipeline.empty + stage, kNumSumWarps / args.num_stages + (has_staged ? 1 : 0));
+            ptx::mbarrier_init(shared.pipeline.empty + stage, kNumSumWarps / args.num_stages);
         }
         ptx::fence_mbarrier_init();
     }
@@ -304,14 +287,11 @@ __global__ void __launch_bounds__((kNumSumWarps + 2 + kMaxPushWarpsHere) * 32, 1
     } else if (args.use_bulk) {
         uint8_t* ring = dynamic + args.num_push_warps * args.num_staging_lanes * args.num_lane_bytes;
         if (warp < kNumSumWarps) {
-            sum_stages(args, shared.pipeline, ring, warp);
-        } else if (warp == kLoadWarp) {
-            LoadWarp(args, context, shared.handshake, shared.pipeline, ring).run();
+            sum_stages(args, context, has_staged, shared.pipeline, ring, warp);
+        } else if (warp != kWeightsWarp) {
+            if (warp - kNumSumWarps < num_load_warps(args)) LoadWarp(args, context, shared.handshake, shared.pipeline, ring, warp - kNumSumWarps).run();
         } else {
-            if (has_staged)
-                return_slots(args, context, shared.pipeline);
-            else
-                sum_weights(args, shared.handshake);
+            if (!has_staged) sum_weights(args, shared.handshake);
             __syncwarp();
             if (lane == 0) end_reading(args, context);
         }
@@ -321,7 +301,7 @@ __global__ void __launch_bounds__((kNumSumWarps + 2 + kMaxPushWarpsHere) * 32, 1
         if (warp < kNumSumWarps) gather_rows_plain(args, context, shared.handshake);
         if (warp == kWeightsWarp && !has_staged) sum_weights(args, shared.handshake);
         __syncthreads();
-        if (threadIdx.x < kReadersPerBlock) end_reading(args, context);
+        if (static_cast<int>(threadIdx.x) <= num_load_warps(args)) end_reading(args, context);
     }
     finish(args, context, shared);
 }
@@ -329,7 +309,7 @@ __global__ void __launch_bounds__((kNumSumWarps + 2 + kMaxPushWarpsHere) * 32, 1
 }  // namespace
 
 cudaError_t launch_combine(const CombineArgs& args, int num_sms, cudaStream_t stream) {
-    const int num_threads = (kNumSumWarps + 2 + args.num_push_warps) * 32;
+    const int num_threads = (kWeightsWarp + 1 + args.num_push_warps) * 32;
     if (args.num_push_warps > 0)
         gather_and_sum_kernel<kMaxRanks - 1><<<num_sms, num_threads, args.num_dynamic_bytes, stream>>>(args);
     else

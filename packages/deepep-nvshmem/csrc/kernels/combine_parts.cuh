@@ -10,9 +10,10 @@ namespace {
 
 constexpr int kCombineOp = static_cast<int>(Op::kCombine);
 constexpr int kNumSumWarps = 16;
-constexpr int kLoadWarp = kNumSumWarps;
-constexpr int kWeightsWarp = kNumSumWarps + 1;
-constexpr int kReadersPerBlock = 2;  // the row pipeline and the weights warp
+constexpr int kMaxLoadWarps = 4;
+constexpr int kWeightsWarp = kNumSumWarps + kMaxLoadWarps;
+
+__device__ __forceinline__ int num_load_warps(const CombineArgs& args) { return args.num_stages < kMaxLoadWarps ? args.num_stages : kMaxLoadWarps; }
 
 // First row at `owner` that came from this rank; rows of one source lie together.
 __device__ __forceinline__ int64_t first_row_of(const CombineArgs& args, int owner) {
@@ -29,7 +30,8 @@ __device__ __noinline__ void report_row(const WaitContext& context, const Handsh
 // One of this block's readers of peers' memory is through; the last reader of the rank tells the owners. Called by one thread.
 __device__ __forceinline__ void end_reading(const CombineArgs& args, const WaitContext& context) {
     const Domain& domain = args.domain;
-    if (ptx::add_acq_rel_gpu(&context.state->readers[kCombineOp], 1) != gridDim.x * kReadersPerBlock - 1) return;
+    const uint32_t num_readers = gridDim.x * (num_load_warps(args) + 1);  // the load warps and the weights warp of every block
+    if (ptx::add_acq_rel_gpu(&context.state->readers[kCombineOp], 1) != num_readers - 1) return;
     ptx::store_relaxed_gpu(&context.state->readers[kCombineOp], 0);
     ptx::fence_acq_rel_sys();  // loads that ended before the arrivals stay before the words below
     for (int peer = 0; peer < domain.num_ranks; ++peer)

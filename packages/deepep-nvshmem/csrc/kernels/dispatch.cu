@@ -387,10 +387,9 @@ __device__ void finish(const DispatchArgs& args, const WaitContext& context, Sha
         ptx::store_release_sys(domain.window.done(domain.arenas[peer], Op::kDispatch, domain.rank), signal_word(context.epoch, outcome));
         const uint64_t* word = domain.window.done(domain.arenas[domain.rank], Op::kDispatch, peer);
         uint32_t value = 0;
-        if (wait_signal(context, word, context.epoch, Phase::kDone, peer, &value)) {
-            acquire_signal(word);  // the rows of that peer are readable by whatever follows this kernel
-            if (value != kDoneGood) report_error(context, ErrorKind::kPeerFailed, Phase::kDone, peer, value, kDoneGood, 0);
-        }
+        // Acquires the peer's rows for whatever follows this kernel.
+        if (wait_signal<true>(context, word, context.epoch, Phase::kDone, peer, &value) && value != kDoneGood)
+            report_error(context, ErrorKind::kPeerFailed, Phase::kDone, peer, value, kDoneGood, 0);
     }
     __syncthreads();
     if (threadIdx.x == 0) {

@@ -72,11 +72,11 @@ __device__ __forceinline__ void exchange_grants(const Domain& domain, const Wait
     for (int i = threadIdx.x; i < num_words; i += blockDim.x) {
         const int peer = i / kNumReadyWords, word = i % kNumReadyWords;
         uint32_t value = 0;
-        if (!wait_signal(context, domain.window.ready(domain.arenas[domain.rank], context.op, peer) + word, context.epoch, Phase::kReady, peer,
+        // Acquires what the peer's stream did before its record.
+        if (!wait_signal<true>(context, domain.window.ready(domain.arenas[domain.rank], context.op, peer) + word, context.epoch, Phase::kReady, peer,
                          &value))
             shared.is_failed = 1;
         shared.words[peer][word] = value;
-        ptx::fence_acq_rel_sys();  // with the load above: acquires what the peer's stream did before its record
     }
     __syncthreads();
     if (static_cast<int>(threadIdx.x) < domain.num_ranks) {

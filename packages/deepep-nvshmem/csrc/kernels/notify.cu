@@ -71,7 +71,7 @@ __device__ void collect_counts(const NotifyArgs& args, const WaitContext& contex
         const int word = tid % num_words;
         const uint64_t* words = domain.window.counts(domain.arenas[domain.rank], context.epoch, src_rank);
         uint32_t value = 0;
-        const bool came = wait_signal(context, words + word, context.epoch, Phase::kHeader, src_rank, &value);
+        const bool came = wait_signal<false>(context, words + word, context.epoch, Phase::kHeader, src_rank, &value);
         if (word < kNumHeaderWords) {
             shared.headers[src_rank][word] = came ? value : (word == kHeaderStatus ? kStatusInvalid : 0);
             const bool is_shared_fact = word >= kHeaderFields || word == kHeaderNumExperts;
@@ -117,7 +117,7 @@ __device__ void publish_counts(const NotifyArgs& args, const WaitContext& contex
         for (int src_rank = 0; is_usable && src_rank < num_ranks; ++src_rank) {
             const uint64_t* words = domain.window.counts(domain.arenas[domain.rank], context.epoch, src_rank);
             uint32_t value = 0;
-            wait_signal(context, words + kNumHeaderWords + num_ranks + expert, context.epoch, Phase::kCounts, src_rank, &value);
+            wait_signal<false>(context, words + kNumHeaderWords + num_ranks + expert, context.epoch, Phase::kCounts, src_rank, &value);
             // An expert cannot get more tokens than its rank gets.
             if (value > static_cast<uint32_t>(shared.counts[src_rank][domain.rank])) {
                 report_error(context, ErrorKind::kBadCount, Phase::kCounts, src_rank, value, shared.counts[src_rank][domain.rank], 0);

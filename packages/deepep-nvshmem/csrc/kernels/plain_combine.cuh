@@ -24,7 +24,6 @@ __device__ __forceinline__ bool wait_slots_plain(const CombineArgs& args, const 
         const int64_t number = first_unit + unit;
         const uint64_t* word = words + number % args.domain.window.num_slots;
         if (!wait_exact(context, word, signal_word(context.epoch, static_cast<uint32_t>(number + 1)), Phase::kSlotFull, rank)) return false;
-        acquire_signal(word);
     }
     return true;
 }

@@ -8,8 +8,8 @@
 // A pusher stores unit u only after it has acquired FREE of unit u - slots. At the start of an operation every slot is free: READY says so.
 //
 // No deadlock: rows are claimed in order and whole, by warps that are running; both sides of a pair go through the tokens of the source in the
-// same order. So the oldest row that has not been read out depends on nothing younger, as long as the ring holds one batch and one row more
-// (the host checks that).
+// same order. So the oldest row that has not been read out depends on nothing younger, as long as the ring holds two batches of rows, the
+// pusher's and the receiver's, which need not be aligned (the host checks that).
 #include "deepep/ptx/bulk.cuh"
 #include "deepep/ptx/memory.cuh"
 #include "deepep/sync/wait.cuh"
@@ -62,6 +62,12 @@ __device__ void push_staged(const Domain& domain, const WaitContext& context, co
     uint64_t* full_words = window.slot_full(domain.arenas[dst_rank], context.op, domain.rank);
     uint8_t* ring = window.staging(domain.arenas[dst_rank], domain.rank);
     uint32_t parity = 0;
+#if DEEPEP_HAS_BULK
+    const auto load = [&](int64_t candidate, int unit) {
+        ptx::mbarrier_arrive_expect(lanes.barriers + lane, source.num_bytes(unit));
+        ptx::bulk_load(lanes.stages + lane * lanes.num_lane_bytes, source.address(candidate, unit), source.num_bytes(unit), lanes.barriers + lane);
+    };
+#endif
     while (true) {
         const int64_t first = claim_rows(&context.state->push_claims[dst_rank], lanes.num_lanes);
         if (first >= source.num_candidates()) return;
@@ -82,9 +88,8 @@ __device__ void push_staged(const Domain& domain, const WaitContext& context, co
                         if (__shfl_sync(~0u, has_row, i)) source.build(first + i, lanes.stages + i * lanes.num_lane_bytes);
                     ptx::fence_async_shared();  // these ordinary writes are read by the bulk store below
                     __syncwarp();
-                } else if (has_row) {
-                    ptx::mbarrier_arrive_expect(lanes.barriers + lane, num_bytes);
-                    ptx::bulk_load(stage, source.address(candidate, unit), num_bytes, lanes.barriers + lane);
+                } else if (has_row && unit == 0) {
+                    load(candidate, 0);
                 }
             }
 #endif
@@ -92,7 +97,6 @@ __device__ void push_staged(const Domain& domain, const WaitContext& context, co
             if (has_row && number >= window.num_slots) {
                 is_free = wait_exact(context, free_words + slot, signal_word(context.epoch, static_cast<uint32_t>(number - window.num_slots + 1)),
                                      Phase::kSlotFree, dst_rank);
-                acquire_signal(free_words + slot);
             }
 #if DEEPEP_HAS_BULK
             if constexpr (kBulk) {
@@ -100,11 +104,14 @@ __device__ void push_staged(const Domain& domain, const WaitContext& context, co
                     ptx::mbarrier_wait(lanes.barriers + lane, parity);
                     parity ^= 1;
                 }
-                if (!__all_sync(~0u, is_free)) return;  // what was loaded has landed: shared memory may be left alone
+                if (!__all_sync(~0u, is_free)) return;  // what was loaded has landed: shared memory may be left
                 if (has_row) {
                     ptx::fence_async_global();  // FREE, acquired above, permits the bulk store
                     ptx::bulk_store(ring + slot * kNumSlotBytes, stage, num_bytes);
                     ptx::bulk_commit();
+                    // The next unit of the row comes into the stage while this one is on its way.
+                    ptx::bulk_wait_read<0>();
+                    if (unit + 1 < source.num_units() && !source.is_built(unit + 1)) load(candidate, unit + 1);
                     ptx::bulk_wait<0>();
                     ptx::store_release_sys(full_words + slot, signal_word(context.epoch, static_cast<uint32_t>(number + 1)));
                 }
@@ -151,7 +158,6 @@ __device__ void drain_staged(const Domain& domain, const WaitContext& context, c
             bool is_full = true;
             if (has_row) {
                 is_full = wait_exact(context, full_words + slot, full, Phase::kSlotFull, src_rank);
-                acquire_signal(full_words + slot);
             }
             if (!__all_sync(~0u, is_full)) return;
 #if DEEPEP_HAS_BULK

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import statistics
+import struct
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -33,6 +35,9 @@ from .backend import load_extension
 MAX_LOCAL_EXPERTS = 1024
 NUM_STAGING_BYTES = 64 << 20
 _REFUSED = 1
+_OFFSET, _SECONDS = struct.Struct("<q"), struct.Struct("<d")
+# What the push limit is measured with: large enough that launches and tails do not count, small enough for the heap.
+_LIMIT_ROWS, _LIMIT_ROW_BYTES, _LIMIT_LAUNCHES, _LIMIT_REPETITIONS = 4096, 7168, 10, 5
 _SIZE_CLASSES_PER_DOUBLING = 8
 
 
@@ -266,10 +271,11 @@ class NvlinkNormal(NormalBackend):
         handle = IntranodeHandle.from_tuple(request.handle)
         weights, device = request.topk_weights, request.x.device
         num_topk = weights.shape[1] if weights is not None else 0
-        combined = torch.empty((handle.num_tokens, request.x.shape[1]), dtype=torch.bfloat16, device=device)
         combined_weights: torch.Tensor | None = None
-        if weights is not None:
-            combined_weights = torch.empty((handle.num_tokens, num_topk), dtype=torch.float32, device=device)
+        with _allocating_on(request.output_stream):
+            combined = torch.empty((handle.num_tokens, request.x.shape[1]), dtype=torch.bfloat16, device=device)
+            if weights is not None:
+                combined_weights = torch.empty((handle.num_tokens, num_topk), dtype=torch.float32, device=device)
         biases = [bias.data_ptr() for bias in request.biases] + [0, 0]
         how = runtime.combine(
             y=request.x.data_ptr(),
@@ -295,6 +301,40 @@ class NvlinkNormal(NormalBackend):
     def _num_sms(request: DispatchRequest | CombineRequest) -> int:
         return request.num_sms
 
+    def push_limit_gbps(self, num_sms: int) -> float:
+        num_ranks, channel, device = self._facts.num_ranks, self._facts.channel, self._facts.device
+        num_bytes = _LIMIT_ROWS * _LIMIT_ROW_BYTES
+        with self._arena.allocate_here():
+            landing = torch.empty(num_ranks * num_bytes, dtype=torch.uint8, device=device)
+        source = torch.randint(0, 256, (max(1, num_ranks - 1) * num_bytes,), dtype=torch.uint8, device=device)
+        own_offset = landing.data_ptr() - self._arena.arena_ptrs[self._facts.rank]
+        record = _OFFSET.pack(own_offset)
+        offsets = channel.all_gather(record, phase="push limit", timeout_s=self._timeout_s)
+        targets = [p + _OFFSET.unpack(o)[0] for p, o in zip(self._arena.arena_ptrs, offsets, strict=True)]
+        seconds: list[float] = []
+        for _ in range(_LIMIT_REPETITIONS):
+            torch.cuda.synchronize()
+            channel.all_agree(True, phase="push limit", timeout_s=self._timeout_s)
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            for _ in range(_LIMIT_LAUNCHES):
+                self._extension.fabric_limit(
+                    direction="push",
+                    rank=self._facts.rank,
+                    arena_ptrs=targets,
+                    local=source.data_ptr(),
+                    num_rows=_LIMIT_ROWS,
+                    num_row_bytes=_LIMIT_ROW_BYTES,
+                    num_sms=num_sms,
+                    stream=_stream(),
+                )
+            end.record()
+            end.synchronize()
+            own = _SECONDS.pack(begin.elapsed_time(end) * 1e-3 / _LIMIT_LAUNCHES)
+            everybody = channel.all_gather(own, phase="push limit", timeout_s=self._timeout_s)
+            seconds.append(max(_SECONDS.unpack(s)[0] for s in everybody))
+        return (num_ranks - 1) * num_bytes / statistics.median(seconds) / 1e9
+
     # --- memory -----------------------------------------------------------------------------------------------------
 
     def _outputs(self, request: DispatchRequest, num_rows: int, num_topk: int, *, with_source: bool) -> _Outputs:
@@ -316,11 +356,12 @@ class NvlinkNormal(NormalBackend):
         def allocate() -> list[torch.Tensor | None]:
             return [torch.empty(s[0], dtype=s[1], device=x.device) if s is not None else None for s in shapes]
 
-        try:
-            with self._arena.allocate_here():
+        with _allocating_on(request.output_stream):
+            try:
+                with self._arena.allocate_here():
+                    blocks = allocate()
+            except torch.OutOfMemoryError:
                 blocks = allocate()
-        except torch.OutOfMemoryError:
-            blocks = allocate()
         return _Outputs(capacity, *blocks)
 
     @contextlib.contextmanager
@@ -494,6 +535,18 @@ def _fields(header: CallHeader) -> list[int]:
         header.expert_alignment,
         header.num_worst_tokens,
     ]
+
+
+@contextlib.contextmanager
+def _allocating_on(stream: torch.cuda.Stream | None) -> Iterator[None]:
+    """Allocate inside on ``stream``; the current stream then waits for what may still use the memory there."""
+    if stream is None:
+        yield
+        return
+    current = torch.cuda.current_stream()
+    with torch.cuda.stream(stream):
+        yield
+    current.wait_stream(stream)
 
 
 def _address(tensor: torch.Tensor | None) -> int:

@@ -7,14 +7,14 @@ from typing import Annotated
 import typer
 
 from .. import __version__
-from . import backends, bench, demo, doctor
+from . import backends, bench, demo, doctor, tune
 
 app = typer.Typer(
     name="deepep",
     help="Expert-parallel dispatch and combine: try it, inspect the machine, measure.",
     no_args_is_help=True,
     add_completion=False,
-    rich_markup_mode="rich",
+    rich_markup_mode="markdown",
     pretty_exceptions_show_locals=False,
 )
 
@@ -38,3 +38,4 @@ app.command("demo")(demo.demo)
 app.command("backends")(backends.backends)
 app.command("doctor")(doctor.doctor)
 app.command("bench")(bench.bench)
+app.command("tune")(tune.tune)

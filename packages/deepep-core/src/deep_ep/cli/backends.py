@@ -111,7 +111,11 @@ def backends(
     environment = registry.local_environment()
     gpus = f"{environment.num_gpus} GPU{'s' if environment.num_gpus != 1 else ''}" if environment.num_gpus else "no GPU"
     table = Table(
-        title=f"Backends on this machine ({gpus})", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0)
+        title=f"Backends on this machine ({gpus})",
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
     )
     table.add_column("name", style="bold", no_wrap=True)
     table.add_column("package", no_wrap=True)

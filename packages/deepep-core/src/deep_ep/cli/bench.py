@@ -67,7 +67,7 @@ def bench(
     and after. Exit code 1 if a check fails.
     """
     console = Console()
-    settings, chosen_device = _settings(
+    settings, chosen_device = bench_settings(
         mode=mode,
         num_ranks=num_ranks,
         tokens=tokens,
@@ -75,7 +75,7 @@ def bench(
         topk=topk,
         experts=experts,
         dtype=dtype,
-        num_sms=num_sms,
+        num_sms=sm_counts(num_sms),
         iterations=iterations,
         warmup=warmup,
         backend=backend,
@@ -105,7 +105,7 @@ def bench(
     raise typer.Exit(1 if result.faults else 0)
 
 
-def _settings(
+def bench_settings(
     *,
     mode: str,
     num_ranks: int,
@@ -114,12 +114,13 @@ def _settings(
     topk: int,
     experts: int | None,
     dtype: str | None,
-    num_sms: str,
+    num_sms: tuple[int, ...],
     iterations: int,
     warmup: int,
     backend: str | None,
     device: str,
 ) -> tuple[BenchSettings, str]:
+    """Settings with this device's usual values where none is given, and the device. Refuses what cannot be measured."""
     mode = mode.replace("-", "_")
     if mode not in ("normal", "low_latency"):
         raise typer.BadParameter(f"'{mode}' is not one of normal, low-latency.", param_hint="--mode")
@@ -151,7 +152,7 @@ def _settings(
     return (
         BenchSettings(
             shape=shape,
-            num_sms=_sm_counts(num_sms),
+            num_sms=num_sms,
             iterations=iterations,
             warmup=warmup,
             backend=backend,
@@ -161,7 +162,8 @@ def _settings(
     )
 
 
-def _sm_counts(text: str) -> tuple[int, ...]:
+def sm_counts(text: str) -> tuple[int, ...]:
+    """``"8,16"`` as ``(8, 16)``."""
     try:
         counts = tuple(int(part) for part in text.split(",") if part.strip())
     except ValueError:

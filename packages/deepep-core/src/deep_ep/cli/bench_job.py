@@ -98,29 +98,20 @@ class BenchResult:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Operation:
+class Operation:
     """Something to time: ``call`` works on one input set; bytes are this rank's."""
 
     contender: str
     name: str
     call: Callable[[InputSet], Any]
-    physical_bytes: float
-    logical_bytes: float
+    physical_bytes: float = 0.0
+    logical_bytes: float = 0.0
 
 
 def run_bench(context: RankContext, settings: BenchSettings) -> BenchResult:
     """Measure on this rank together with the others. Every rank returns the same result."""
     shape = settings.shape
-    buffer = Buffer.for_model(
-        context.group,
-        hidden=shape.hidden,
-        num_experts=shape.experts,
-        num_topk=shape.topk,
-        max_tokens_per_rank=_room(shape),
-        mode=shape.mode,
-        backend=settings.backend,
-        ll_reduce=settings.ll_reduce,  # type: ignore[arg-type]
-    )
+    buffer = build_buffer(context, settings)
     assert buffer.runtime is not None
     num_nodes = buffer.runtime.get_num_rdma_ranks()
     result = BenchResult(
@@ -131,15 +122,25 @@ def run_bench(context: RankContext, settings: BenchSettings) -> BenchResult:
         backend=dict(buffer.backends)[shape.mode],
     )
     try:
-        sets = [
-            bench_data.make_inputs(shape, context.rank, seed, context.device)
-            for seed in range(_num_sets(context.device, shape))
-        ]
-        session = _Session(context, settings, buffer, result.ranks_per_node, sets)
-        session.run(result)
+        Session(context, settings, buffer, result.ranks_per_node).run(result)
     finally:
         buffer.destroy()
     return result
+
+
+def build_buffer(context: RankContext, settings: BenchSettings) -> Buffer:
+    """The buffer to measure. Collective."""
+    shape = settings.shape
+    return Buffer.for_model(
+        context.group,
+        hidden=shape.hidden,
+        num_experts=shape.experts,
+        num_topk=shape.topk,
+        max_tokens_per_rank=_room(shape),
+        mode=shape.mode,
+        backend=settings.backend,
+        ll_reduce=settings.ll_reduce,  # type: ignore[arg-type]
+    )
 
 
 def _room(shape: Shape) -> int:
@@ -166,7 +167,7 @@ def _hosts(context: RankContext) -> list[str]:
     return list(dict.fromkeys(bytes(row[0].tolist()).rstrip(b"\0").decode(errors="replace") for row in gathered))
 
 
-class _Session:
+class Session:
     """One buffer, one shape, all contenders."""
 
     def __init__(
@@ -175,19 +176,22 @@ class _Session:
         settings: BenchSettings,
         buffer: Buffer,
         ranks_per_node: int,
-        sets: list[InputSet],
     ) -> None:
         self.context, self.settings, self.shape = context, settings, settings.shape
-        self.buffer, self.ranks_per_node, self.sets = buffer, ranks_per_node, sets
+        self.buffer, self.ranks_per_node = buffer, ranks_per_node
+        self.sets = [
+            bench_data.make_inputs(self.shape, context.rank, seed, context.device)
+            for seed in range(_num_sets(context.device, self.shape))
+        ]
         self.all_to_all = AllToAll(context.group, context.rank, self.shape)
         self.all_gather = AllGatherReduceScatter(context.group, context.rank, self.shape)
 
     def run(self, result: BenchResult) -> None:
-        self._first_calls()
-        result.faults += self._faults("before")
+        self.prepare()
+        result.faults += self.faults("before")
         sm_counts: tuple[int | None, ...] = self.settings.num_sms or (None,)
         ours, rivals = self._operations(), self._rival_operations()
-        with self._progress(len(ours) * len(sm_counts) + len(rivals)) as advance:
+        with self.progress(len(ours) * len(sm_counts) + len(rivals)) as advance:
             for num_sms in sm_counts:
                 if num_sms is not None:
                     Buffer.set_num_sms(num_sms)
@@ -196,23 +200,23 @@ class _Session:
                     result.push_limit_gbps[num_sms or Buffer.num_sms] = limit
                 for operation in ours:
                     advance(f"{operation.contender}: {operation.name}")
-                    result.measurements.append(self._measure(operation, num_sms, limit))
+                    result.measurements.append(self.measure(operation, num_sms, limit))
             for operation in rivals:
                 advance(f"{operation.contender}: {operation.name}")
-                result.measurements.append(self._measure(operation, None, None))
-        result.faults += self._faults("after")
+                result.measurements.append(self.measure(operation, None, None))
+        result.faults += self.faults("after")
 
     # --- what is timed ------------------------------------------------------------------------------------------------
 
-    def _operations(self) -> list[_Operation]:
+    def _operations(self) -> list[Operation]:
         shape = self.shape
         # Rows over all ranks' choices; every input set has nearly as many, the mean is reported.
         logical = statistics.mean(int(s.in_rank.sum()) for s in self.sets)
         physical = logical - statistics.mean(int(s.in_rank[:, self.context.rank].sum()) for s in self.sets)
         out, back = shape.dispatch_row_bytes, shape.combine_row_bytes
 
-        def operation(name: str, call: Callable[[InputSet], Any], row_bytes: int) -> _Operation:
-            return _Operation(
+        def operation(name: str, call: Callable[[InputSet], Any], row_bytes: int) -> Operation:
+            return Operation(
                 contender="deep_ep",
                 name=name,
                 call=call,
@@ -233,7 +237,7 @@ class _Session:
             operation("dispatch, uncached", self._fresh, out),
         ]
 
-    def _rival_operations(self) -> list[_Operation]:
+    def _rival_operations(self) -> list[Operation]:
         shape, found = self.shape, []
         out, back = shape.dispatch_row_bytes, shape.combine_row_bytes
         for rival, kept in ((self.all_to_all, None), (self.all_gather, shape.tokens)):
@@ -245,7 +249,7 @@ class _Session:
                 ("combine", rival.combine, back),
             ):
                 found.append(
-                    _Operation(
+                    Operation(
                         contender=rival.name,
                         name=name,
                         call=call,
@@ -293,11 +297,12 @@ class _Session:
     def _push_limit(self, num_sms: int | None) -> float | None:
         if self.shape.mode != "normal":
             return None
-        return self.buffer._normal("bench").push_limit_gbps(num_sms or Buffer.num_sms)
+        return self.buffer.push_limit_gbps(num_sms or Buffer.num_sms)
 
     # --- the clock ----------------------------------------------------------------------------------------------------
 
-    def _measure(self, operation: _Operation, num_sms: int | None, limit_gbps: float | None) -> Measurement:
+    def measure(self, operation: Operation, num_sms: int | None, limit_gbps: float | None = None) -> Measurement:
+        """Time one operation. Collective; the same result on every rank."""
         failure = ""
         times: list[float] = []
         try:
@@ -354,7 +359,7 @@ class _Session:
 
     # --- the checks ---------------------------------------------------------------------------------------------------
 
-    def _first_calls(self) -> None:
+    def prepare(self) -> None:
         """Fill in handles and expert outputs, and tell the all-to-all its counts."""
         for inputs in self.sets:
             from_each = [
@@ -375,7 +380,7 @@ class _Session:
                 received, inputs.handle = self._low_latency_dispatch(inputs)
                 inputs.expert_out = bench_data.stand_in_for_low_latency_experts(self.shape, received, self.context.rank)
 
-    def _faults(self, when: str) -> list[str]:
+    def faults(self, when: str) -> list[str]:
         """What is wrong on any rank, in words; the same on every rank."""
         mine = ""
         for inputs in self.sets:
@@ -424,7 +429,7 @@ class _Session:
     # --- the bar ------------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _progress(self, total: int) -> Iterator[Callable[[str], None]]:
+    def progress(self, total: int) -> Iterator[Callable[[str], None]]:
         if not self.settings.progress or self.context.rank != 0:
             yield lambda _text: None
             return

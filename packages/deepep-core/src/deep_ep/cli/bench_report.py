@@ -59,46 +59,44 @@ def show(console: Console, settings: BenchSettings, result: BenchResult) -> None
     )
     has_limit = any(m.wire_efficiency is not None for m in result.measurements)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    table.add_column("", no_wrap=True)
-    if settings.num_sms:
-        table.add_column("SMs", justify="right")
+    table.add_column("", min_width=20)
     table.add_column("median", justify="right", no_wrap=True)
-    table.add_column("10 to 90 %", justify="right", no_wrap=True)
+    table.add_column("10-90 %", justify="right", no_wrap=True)
     table.add_column("bytes", justify="right", no_wrap=True)
     table.add_column("GB/s", justify="right", no_wrap=True)
     table.add_column("logical", justify="right", no_wrap=True)
     if has_limit:
-        table.add_column("of limit", justify="right")
+        table.add_column("limit", justify="right")
     best = _best(result.measurements)
     contender = ""
-    for m in result.measurements:
+    for m in _ordered(result.measurements):
         if m.contender != contender:
             if contender:
                 table.add_section()
             contender = m.contender
             name = f"{contender}, {result.backend}" if contender == "deep_ep" else contender
             table.add_row(Text(name, style="bold"))
-        cells: list[Text | str] = [f"  {m.operation}"]
-        if settings.num_sms:
-            cells.append(str(m.num_sms or ""))
+        what = f"  {m.operation}" + (f", {m.num_sms} SMs" if m.num_sms is not None else "")
         if m.failure:
-            table.add_row(*cells, Text("could not run", style="yellow"))
+            table.add_row(what, Text("no", style="yellow"), Text("could not run", style="yellow"))
             continue
-        cells += [rate(m.physical_gbps), rate(m.logical_gbps)]
-        if has_limit:
-            cells.append(f"{m.wire_efficiency:.0%}" if m.wire_efficiency is not None else "")
-        timed: list[Text | str] = [
+        cells: list[Text | str] = [
+            what,
             Text(duration(m.seconds), style="bold green" if best.get(m.operation) is m else ""),
             span(m.fastest, m.slowest),
             bytes_text(m.physical_bytes),
+            rate(m.physical_gbps),
+            rate(m.logical_gbps),
         ]
-        at = 2 if settings.num_sms else 1
-        table.add_row(*cells[:at], *timed, *cells[at:])
+        if has_limit and m.wire_efficiency is not None:
+            cells.append(f"{m.wire_efficiency:.0%}")
+        table.add_row(*cells)
     console.print(table)
     console.print(
         f"[dim]{settings.iterations} iterations after {settings.warmup}; median over iterations of the maximum over "
         "ranks; calls follow one another, inputs rotate. Bytes and GB/s: what has to leave a rank; logical: with the "
-        "copies that stay on it. Green: fastest of its kind.[/]",
+        "copies that stay on it. Green: fastest of its kind."
+        + (" Limit: share of the push limit.[/]" if has_limit else "[/]"),
         highlight=False,
     )
     for m in result.measurements:
@@ -111,6 +109,15 @@ def show(console: Console, settings: BenchSettings, result: BenchResult) -> None
             console.print(Text(f"check failed {fault}", style="bold red"))
     else:
         console.print("[green]Checked against plain arithmetic before and after: equal bit for bit.[/]")
+
+
+def _ordered(measurements: list[Measurement]) -> list[Measurement]:
+    """By contender, then operation, each in the order of first appearance, then SM count."""
+    contenders = list(dict.fromkeys(m.contender for m in measurements))
+    operations = list(dict.fromkeys(m.operation for m in measurements))
+    return sorted(
+        measurements, key=lambda m: (contenders.index(m.contender), operations.index(m.operation), m.num_sms or 0)
+    )
 
 
 def _best(measurements: list[Measurement]) -> dict[str, Measurement]:
@@ -257,6 +264,9 @@ def _curves(axis: Any, rows: list[Measurement], scale: float) -> None:
         if m.num_sms is None:
             axis.axhline(m.seconds * scale, color=_COLOURS[m.contender], linestyle=(0, (5, 3)), label=m.contender)
     axis.set_xlabel("SMs")
+    axis.set_xticks([m.num_sms for m in ours])
+    if rows:
+        axis.set_ylim(0, max(m.seconds for m in rows) * scale * 1.25)
     axis.legend(frameon=False, fontsize=8)
 
 

@@ -40,9 +40,9 @@ def rate(gbps: float) -> str:
 
 
 def span(low: float, high: float) -> str:
-    """Two durations in one unit: ``6.21 to 14.7 ms``."""
+    """Two durations in one unit: ``6.21-14.7 ms``."""
     unit, scale = ("us", 1e6) if high < 1e-3 else ("ms", 1e3)
-    return f"{_three(low * scale)} to {_three(high * scale)} {unit}"
+    return f"{_three(low * scale)}-{_three(high * scale)} {unit}"
 
 
 def _three(value: float) -> str:

@@ -48,11 +48,12 @@ class Case:
     # --- what ranks send: bits
 
     def x(self, rank: int, *, hidden: int | None = None, salt: int = 0) -> Bits16:
-        """Finite bf16 ``[T, H]`` over many exponents, with zeros of both signs among them."""
+        """Finite bf16 ``[T, H]`` over many exponents; some values are zeros of either sign, some rows tiny or zero."""
         random = self.routing.random(rank, salt=100 + salt)
         shape = (self.num_tokens(rank), self.hidden if hidden is None else hidden)
         values = random.standard_normal(shape) * np.exp2(random.integers(-8, 8, shape))
         values[random.random(shape) < 0.01] = 0.0
+        values *= random.choice([1.0, 2.0**-24, 0.0], (len(values), 1), p=[0.8, 0.15, 0.05])
         return float32_to_bf16(np.copysign(values, random.standard_normal(shape)).astype(np.float32))
 
     def x_codes(self, rank: int, *, hidden: int | None = None, salt: int = 0) -> Bits8:

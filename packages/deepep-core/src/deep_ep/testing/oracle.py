@@ -210,8 +210,8 @@ class LowLatencyOracle(_Choices):
         total = np.zeros((len(indices), hidden), dtype=np.float32)
         for group in groups:
             partial = np.zeros_like(total)
-            for column in range(indices.shape[1]):
-                partial[group[:, column]] += products[group[:, column], column]
+            for k in range(indices.shape[1]):
+                partial[group[:, k]] += products[group[:, k], k]
             total = total + (partial if reduce == "expert" else round_to_bf16(partial))
         return round_to_bf16(total)
 

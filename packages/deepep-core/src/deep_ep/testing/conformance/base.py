@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 import pytest
 import torch
 
-from deep_ep import Buffer, DeepEPError, EventOverlap, registry
+from deep_ep import BackendNotFoundError, Buffer, EventOverlap, registry
 from deep_ep.backend import Backend, Capabilities, LowLatencyReduce, Mode
 from deep_ep.launch import RankContext
 
@@ -90,7 +90,7 @@ class Conformance:
         """``rank_counts`` without those that the backend's limits or ``ranks_per_node`` rule out."""
         try:
             most = cls.capabilities().max_ranks
-        except DeepEPError:  # not installed: the tests are collected, and skipped with that reason
+        except BackendNotFoundError:  # the tests are collected, and skipped with that reason
             most = None
         return tuple(
             n
@@ -113,7 +113,7 @@ class Conformance:
     def setup(self) -> Setup:
         try:
             can = self.capabilities()
-        except DeepEPError as error:
+        except BackendNotFoundError as error:
             pytest.skip(str(error))
         if self.mode is not None and self.mode not in can.modes:
             pytest.skip(f"backend {self.backend!r} does not serve {self.mode} mode")

@@ -256,7 +256,7 @@ def start_combine(
         place = buffer.get_next_low_latency_combine_buffer(dispatched.handle)
         assert place.shape == y.shape and place.dtype == y.dtype and place.stride(-1) == 1
         place.copy_(y)
-        y = place
+        y = torch.full_like(y, float("nan"))  # what stands in its place is not looked at
     out = torch.full((case.num_tokens(context.rank), case.hidden), float("nan"), dtype=torch.bfloat16)
     out = out.to(context.device)
     if options.into_out:

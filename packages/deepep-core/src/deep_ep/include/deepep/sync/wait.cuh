@@ -58,15 +58,16 @@ __device__ __noinline__ inline bool wait_is_hopeless(const WaitContext& context,
 
 constexpr int kPollsPerCheck = 256;
 
-// Polls until the word carries `epoch`; false when the wait ended badly. Relaxed: the word is all that may be used. Where the word
-// vouches for other memory, the caller follows with acquire_signal (or one fence_acq_rel_sys for several words).
+// Polls until the word carries `epoch`; false when the wait ended badly. With kAcquire everything that its writer released before the word is
+// then visible to this thread's ordinary loads; without it the word is all that may be used.
+template <bool kAcquire>
 __device__ __forceinline__ bool wait_signal(const WaitContext& context, const uint64_t* word, uint32_t epoch, Phase phase, int peer,
                                             uint32_t* value) {
     uint64_t start_ns = 0;
     while (true) {
         uint64_t seen = 0;
         for (int poll = 0; poll < kPollsPerCheck; ++poll) {
-            seen = ptx::load_relaxed_sys(word);
+            seen = kAcquire ? ptx::load_acquire_sys(word) : ptx::load_relaxed_sys(word);
             if (signal_epoch(seen) == epoch) {
                 *value = signal_value(seen);
                 return true;
@@ -76,20 +77,17 @@ __device__ __forceinline__ bool wait_signal(const WaitContext& context, const ui
     }
 }
 
-// Polls until the word equals `expected` as a whole.
+// Polls until the word equals `expected` as a whole; acquires like wait_signal<true>.
 __device__ __forceinline__ bool wait_exact(const WaitContext& context, const uint64_t* word, uint64_t expected, Phase phase, int peer) {
     uint64_t start_ns = 0;
     while (true) {
         uint64_t seen = 0;
         for (int poll = 0; poll < kPollsPerCheck; ++poll) {
-            seen = ptx::load_relaxed_sys(word);
+            seen = ptx::load_acquire_sys(word);
             if (seen == expected) return true;
         }
         if (wait_is_hopeless(context, phase, peer, seen, expected, &start_ns)) return false;
     }
 }
-
-// After a wait on this word succeeded: everything its writer released before it is now visible to this thread's ordinary loads.
-__device__ __forceinline__ void acquire_signal(const uint64_t* word) { static_cast<void>(ptx::load_acquire_sys(word)); }
 
 }  // namespace deepep
