@@ -63,19 +63,19 @@ def finish(
 ) -> EventOverlap:
     """Order the current stream, or the user's later wait, behind ``stream``, and keep memory from early reuse.
 
-    A backend allocates on either stream and uses tensors on both; recording a tensor on the stream where it was allocated
-    does nothing. After a synchronous call the current stream waits, so what belongs to it needs no record.
+    A backend allocates on either stream and uses tensors on both; recording a tensor on the stream where it was
+    allocated does nothing. After a synchronous call the current stream waits, so what belongs to it needs no record.
     """
     if stream is None:
         return EventOverlap(EventHandle()) if async_finish else EventOverlap(None)
     current = torch.cuda.current_stream()
-    outputs = [tensor for tensor in outputs if tensor is not None and tensor.is_cuda]
-    for tensor in outputs:
+    on_cuda = [tensor for tensor in outputs if tensor is not None and tensor.is_cuda]
+    for tensor in on_cuda:
         tensor.record_stream(current)
     if not async_finish:
         current.wait_stream(stream)
         return EventOverlap(None)
-    for used in (*inputs, *outputs):
+    for used in (*inputs, *on_cuda):
         if used is not None and used.is_cuda:
             used.record_stream(stream)
     return EventOverlap(EventHandle(stream))

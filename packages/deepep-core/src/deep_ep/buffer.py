@@ -276,7 +276,7 @@ class Buffer(LowLatencyCalls):
         return self._normal("placement").placement()
 
     def push_limit_gbps(self, num_sms: int) -> float | None:
-        """The best all-to-all push rate here, GB/s of egress per rank, measured now; ``None`` if unknown. Collective."""
+        """The best all-to-all push rate, GB/s of egress per rank, measured now; ``None`` if unknown. Collective."""
         return self._normal("push_limit_gbps").push_limit_gbps(num_sms)
 
     def tuning_space(self) -> Mapping[str, tuple[int, ...]]:

@@ -301,12 +301,14 @@ class NvlinkNormal(NormalBackend):
     def _num_sms(request: DispatchRequest | CombineRequest) -> int:
         return request.num_sms
 
-    def push_limit_gbps(self, num_sms: int) -> float:
+    def push_limit_gbps(self, num_sms: int) -> float | None:
+        if self._facts.num_ranks == 1:
+            return None
         num_ranks, channel, device = self._facts.num_ranks, self._facts.channel, self._facts.device
         num_bytes = _LIMIT_ROWS * _LIMIT_ROW_BYTES
         with self._arena.allocate_here():
             landing = torch.empty(num_ranks * num_bytes, dtype=torch.uint8, device=device)
-        source = torch.randint(0, 256, (max(1, num_ranks - 1) * num_bytes,), dtype=torch.uint8, device=device)
+        source = torch.randint(0, 256, ((num_ranks - 1) * num_bytes,), dtype=torch.uint8, device=device)
         own_offset = landing.data_ptr() - self._arena.arena_ptrs[self._facts.rank]
         record = _OFFSET.pack(own_offset)
         offsets = channel.all_gather(record, phase="push limit", timeout_s=self._timeout_s)
@@ -340,8 +342,8 @@ class NvlinkNormal(NormalBackend):
     def _outputs(self, request: DispatchRequest, num_rows: int, num_topk: int, *, with_source: bool) -> _Outputs:
         """Blocks for at least ``num_rows`` rows, in symmetric memory if they fit, else anywhere.
 
-        Rows that land elsewhere come through the staging window. Row counts differ from call to call; rounding them up to
-        a few size classes lets torch's allocator reuse blocks, where exact sizes would shatter the heap.
+        Rows that land elsewhere come through the staging window. Row counts differ from call to call; rounding them up
+        to a few size classes lets torch's allocator reuse blocks, where exact sizes would shatter the heap.
         """
         x, scales = request.x, request.scales
         capacity = _size_class(max(num_rows, 1))

@@ -235,6 +235,11 @@ class Session:
             operation("dispatch", self._cached, out),
             operation("combine", self._combine, back),
             operation("dispatch, uncached", self._fresh, out),
+            *(
+                [operation("combine, outputs anywhere", self._combine_anywhere, back)]
+                if self.buffer.placement()
+                else []
+            ),
         ]
 
     def _rival_operations(self) -> list[Operation]:
@@ -279,6 +284,11 @@ class Session:
     def _combine(self, inputs: InputSet) -> torch.Tensor:
         assert inputs.expert_out is not None
         combined: torch.Tensor = self.buffer.combine(inputs.expert_out, inputs.handle)[0]
+        return combined
+
+    def _combine_anywhere(self, inputs: InputSet) -> torch.Tensor:
+        assert inputs.rival_out is not None
+        combined: torch.Tensor = self.buffer.combine(inputs.rival_out, inputs.handle)[0]
         return combined
 
     def _low_latency_dispatch(self, inputs: InputSet) -> tuple[Any, tuple[Any, ...]]:
@@ -375,7 +385,9 @@ class Session:
             inputs.rival_out = bench_data.stand_in_for_experts(expected, self.context.rank)
             if self.shape.mode == "normal":
                 received, _, _, _, inputs.handle, _ = self._fresh(inputs)
-                inputs.expert_out = bench_data.stand_in_for_experts(received, self.context.rank)
+                outputs = bench_data.stand_in_for_experts(received, self.context.rank)
+                with self.buffer.symmetric_memory():
+                    inputs.expert_out = outputs.clone()
             else:
                 received, inputs.handle = self._low_latency_dispatch(inputs)
                 inputs.expert_out = bench_data.stand_in_for_low_latency_experts(self.shape, received, self.context.rank)
@@ -398,8 +410,11 @@ class Session:
         if shape.mode == "normal":
             received = {"dispatch": self._fresh(inputs)[0], "cached dispatch": self._cached(inputs)}
             combined = self._combine(inputs)
+            combined_elsewhere = self._combine_anywhere(inputs)
             expected = bench_data.expected_dispatch(shape, rank, inputs.seed, self.context.device)
             wrong = [f"{name} did not deliver what it had to" for name, x in received.items() if not _same(x, expected)]
+            if not bench_data.same_bits(combined_elsewhere, combined):
+                wrong.append("combine of outputs in ordinary memory differs from the other")
             wanted = bench_data.expected_combine(shape, inputs, self.ranks_per_node)
         else:
             arrived, inputs.handle = self._low_latency_dispatch(inputs)
