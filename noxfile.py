@@ -25,7 +25,7 @@ PACKAGES = ROOT / "packages"
 PURE_PACKAGES = ("deepep-core", "deepep-reference")
 NATIVE_PACKAGES = ("deepep-nvshmem",)
 PYTHON_VERSIONS = ("3.10", "3.11", "3.12", "3.13")
-TREE_TOOLS = ("build", "hatchling", "mypy", "nox", "ruff")
+TREE_TOOLS = ("build", "hatchling", "mpi4py", "mpich", "mypy", "nox", "ruff", "tomli")
 CHECKED_SCRIPTS = ("noxfile.py", "tests/cluster", "tests/packaging", "docs", "examples")
 # What a machine without a network lacks beside torch, numpy, pytest and hypothesis: small wheels of pure Python.
 OFFLINE_WHEELS = ("stevedore", "hatchling", "packaging", "pathspec", "pluggy", "trove-classifiers")

@@ -38,7 +38,7 @@ def scales(calls: Calls) -> torch.Tensor:
 
 
 def layout(calls: Calls) -> tuple[Any, ...]:
-    return calls.buffer.get_dispatch_layout(calls.topk_idx, CASE.routing.num_experts)
+    return calls.buffer.get_dispatch_layout(calls.topk_idx, calls.case.routing.num_experts)
 
 
 def with_value(tensor: torch.Tensor, value: int) -> torch.Tensor:
@@ -198,6 +198,52 @@ def test_refused_arguments(rank_pool, kind):
             assert f"rank {OFFENDER}" in outcome.text
             assert own.text[:120] in outcome.text, "peers are told the reason"
     assert outcomes[0].text == outcomes[2].text
+
+
+# On two nodes of two ranks.
+SEVERAL_NODES: dict[str, tuple[str, str, Wrong]] = {
+    "node-counts-for-too-few-nodes": (
+        "dispatch",
+        "num_tokens_per_rdma_rank has shape",
+        lambda c: {"num_tokens_per_rdma_rank": layout(c)[1][1:]},
+    ),
+    "node-counts-of-int64": (
+        "dispatch",
+        "num_tokens_per_rdma_rank has dtype",
+        lambda c: {"num_tokens_per_rdma_rank": layout(c)[1].long()},
+    ),
+    "node-counts-of-another-routing": (
+        "dispatch",
+        "num_tokens_per_rdma_rank",
+        lambda c: {"num_tokens_per_rdma_rank": layout(c)[1] + 1},
+    ),
+    "handle-of-one-node": ("cached_dispatch", "handle has 6 parts", lambda c: {"handle": (c.topk_idx,) * 6}),
+    "combine-handle-of-one-node": ("combine", "handle has 6 parts", lambda c: {"handle": (c.topk_idx,) * 6}),
+}
+NODES_CASE = Case(
+    routing=Routing(num_tokens=(5, 6, 4, 3), num_experts=8, num_topk=3, seed=4), hidden=512, ranks_per_node=2
+)
+
+
+def refused_call_across_nodes(context: RankContext, kind: str) -> Outcome:
+    operation, _, wrong = SEVERAL_NODES[kind]
+    buffer = buffer_of(context)
+    calls = Calls(buffer=buffer, case=NODES_CASE, context=context)
+    call = prepared(calls, operation)
+    arguments = wrong(calls) if context.rank == OFFENDER else {}
+    outcome = outcome_of(lambda: call(**arguments))
+    modes_round_trip(buffer, NODES_CASE, context, ("normal",))
+    buffer.destroy()
+    return outcome
+
+
+@pytest.mark.parametrize("kind", SEVERAL_NODES)
+def test_refused_arguments_across_nodes(rank_pool, kind):
+    environment = {"DEEPEP_RANKS_PER_NODE": "2"}
+    outcomes = rank_pool.run(refused_call_across_nodes, kind, num_ranks=4, environment=environment)
+    assert [o.error for o in outcomes] == ["PeerRefusedError", "ArgumentError", "PeerRefusedError", "PeerRefusedError"]
+    assert SEVERAL_NODES[kind][1] in outcomes[OFFENDER].text
+    assert all(outcome.seconds < AT_ONCE_S for outcome in outcomes)
 
 
 # --- ranks that disagree: each is right alone -----------------------------------------------------------------------

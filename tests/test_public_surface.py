@@ -116,6 +116,8 @@ METHODS = {
     "abort": ([], []),
     "reset": ([], []),
     "placement": ([], []),
+    "push_limit_gbps": ([("num_sms", REQUIRED)], []),
+    "tuning_space": ([], []),
     "symmetric_memory": ([], []),
 }
 STATIC_METHODS = {

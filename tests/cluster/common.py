@@ -192,12 +192,12 @@ class Digest:
 class Report:
     """Prints what was checked, on rank 0 only; a failed check is an exception on the rank that sees it."""
 
-    def __init__(self, context: RankContext) -> None:
-        self._is_first = context.rank == 0
+    def __init__(self, context: RankContext, *, silent: bool = False) -> None:
+        self._speaks = context.rank == 0 and not silent
         self._num_checks = 0
 
     def note(self, text: str) -> None:
-        if self._is_first:
+        if self._speaks:
             print(text, flush=True)
 
     @contextmanager

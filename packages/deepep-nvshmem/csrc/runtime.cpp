@@ -88,7 +88,9 @@ Runtime::Runtime(const RuntimeConfig& config) : config_(config), domain_{} {
     int major = 0;
     check_runtime(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, config.device), "asking for the compute capability");
     check_runtime(cudaDeviceGetAttribute(&num_device_sms_, cudaDevAttrMultiProcessorCount, config.device), "asking for the SM count");
-    has_bulk_ = major >= 9 && is_sm90_compiled();
+    int num_shared_bytes = 0;
+    check_runtime(cudaDeviceGetAttribute(&num_shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, config.device), "asking for the shared memory size");
+    has_bulk_ = major >= 9 && num_shared_bytes >= kMaxSharedBytes && is_sm90_compiled();
 
     domain_.rank = config.rank;
     domain_.num_ranks = config.num_ranks;
@@ -306,19 +308,22 @@ bool Runtime::combine(CombineArgs args, int64_t num_row_bytes, const Tuning& tun
     };
     args.is_staged = !(symmetric(args.y, num_row_bytes) && (!has_weights || symmetric(args.topk_weights, args.num_topk * 4)));
 
-    constexpr int kSharedBudget = 216 * 1024;
+    constexpr int kSharedBudget = 216 * 1024, kPushBudget = 96 * 1024;
     args.use_bulk = tuning.use_bulk && has_bulk_;
     args.parts = RowParts::cut(num_row_bytes, config_.num_ranks > 4 ? kNumSlotBytes / 2 : kNumSlotBytes);
     // A stage's rows also carry weights: up to 32 of them and 12 bytes before them.
     args.num_stage_row_bytes = static_cast<int>(max_of(args.parts.num_part_bytes, align_up(kMaxTopk * 4 + 12, 16)));
     args.num_push_warps = args.is_staged ? config_.num_ranks - 1 : 0;
     args.num_lane_bytes = static_cast<int>(align_up(args.num_stage_row_bytes, 128));
-    choose_staging_lanes("combine", args.use_bulk, args.num_push_warps, args.num_lane_bytes, kSharedBudget / 2, args.parts.num_parts + 1,
+    const int num_stage_bytes = config_.num_ranks * args.num_stage_row_bytes;
+    // Staged, the two directions share shared memory: a wanted number of stages leaves the rest to the pushing warps.
+    const int num_push_budget = tuning.num_stages > 0 ? static_cast<int>(max_of(0, kSharedBudget - tuning.num_stages * static_cast<int64_t>(num_stage_bytes))) : kPushBudget;
+    choose_staging_lanes("combine", args.use_bulk, args.num_push_warps, args.num_lane_bytes, num_push_budget, args.parts.num_parts + 1,
                          domain_.window.num_slots, args.num_staging_lanes);
     const int num_push_bytes = args.use_bulk ? args.num_push_warps * args.num_staging_lanes * args.num_lane_bytes : 0;
-    const int num_stage_bytes = config_.num_ranks * args.num_stage_row_bytes;
     const int num_stages = static_cast<int>(min_of(kMaxPullStages, (kSharedBudget - num_push_bytes) / num_stage_bytes));
     args.num_stages = tuning.num_stages > 0 ? static_cast<int>(min_of(tuning.num_stages, num_stages)) : num_stages;
+    args.num_load_warps = static_cast<int>(min_of(min_of(tuning.num_warps > 0 ? tuning.num_warps : args.is_staged ? 4 : 2, kMaxLoadWarps), args.num_stages));
     args.num_dynamic_bytes = args.use_bulk ? num_push_bytes + args.num_stages * num_stage_bytes : 0;
     const DeviceGuard guard(config_.device);
     check_runtime(launch_combine(args, tuning.num_sms, stream), "launching combine");

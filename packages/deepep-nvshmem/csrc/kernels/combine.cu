@@ -4,7 +4,8 @@
 //                rank's own staging window where the owner pushes. One lane per owning rank; each warp has tokens and stages of its own, because
 //                one warp alone cannot issue copies fast enough for a few SMs to fill the link.
 // Sum warps      dealt out to the stages: a stage's warps add its rows in rank order behind the biases, round once, store.
-// Weights warp   sums the top-k weights in the same order with ordinary loads. (When some owner pushes, weights travel like parts of a row.)
+// Weights warps  sum the top-k weights in the same order with ordinary loads. When some owner pushes, the weights travel like parts of a row,
+//                and one of these warps returns the window's slots instead.
 // Push warps     only where this rank's own rows are out of its peers' reach: one per other rank (staging.cuh).
 // (Without bulk copies every sum warp loads, sums and stores by itself: plain_combine.cuh.)
 // Before: send_head says at which row each rank holds a token. An owner's rows are read only after its READY was seen; an owner's kernel ends only
@@ -32,6 +33,9 @@ struct Pipeline {
     uint32_t slot_numbers[kMaxPullStages][kMaxRanks];  // unit + 1 where the row came through the window, else 0
     uint64_t full[kMaxPullStages];                     // the stage's rows have landed
     uint64_t empty[kMaxPullStages];                    // they have been read
+    // From the sum warps to the warp that returns slots: unit + 1, back to 0 once it has been taken.
+    uint32_t returned[kMaxPullStages][kMaxRanks];
+    uint32_t num_stages_over;
 };
 
 class LoadWarp {
@@ -50,7 +54,7 @@ public:
     __device__ void run() {
         ptx::fence_async_global();  // READY, acquired by this block, permits the bulk loads below
         // Where a window has to be emptied in order, a token must not belong to a block that is not running yet: then even the first is claimed.
-        const int64_t num_dealt = handshake_.has_staged ? 0 : static_cast<int64_t>(gridDim.x) * num_load_warps(args_);
+        const int64_t num_dealt = handshake_.has_staged ? 0 : static_cast<int64_t>(gridDim.x) * args_.num_load_warps;
         if (handshake_.has_staged) claim();
         int64_t token = handshake_.has_staged ? static_cast<int64_t>(__shfl_sync(~0u, claimed_, 0))
                                               : static_cast<int64_t>(first_stage_) * gridDim.x + blockIdx.x;
@@ -65,7 +69,7 @@ public:
             token = next_token;
             row = next_row;
         }
-        for (int i = first_stage_; i < args_.num_stages; i += num_load_warps(args_)) {
+        for (int i = first_stage_; i < args_.num_stages; i += args_.num_load_warps) {
             if (lane_ == 0) {
                 ptx::mbarrier_wait(pipeline_.empty + stage_, parity_);  // so all loads have landed, too
                 pipeline_.items[stage_] = {0, 0, kEndItem, 0, 0};
@@ -73,7 +77,6 @@ public:
             }
             advance();
         }
-        if (lane_ == 0) end_reading(args_, context_);
     }
 
 private:
@@ -84,7 +87,7 @@ private:
         return token < args_.num_tokens && rank_ < args_.domain.num_ranks ? args_.send_head[token * args_.domain.num_ranks + rank_] : -1;
     }
     __device__ void advance() {
-        stage_ += num_load_warps(args_);
+        stage_ += args_.num_load_warps;
         if (stage_ >= args_.num_stages) {
             stage_ = first_stage_;
             parity_ ^= 1;
@@ -187,7 +190,7 @@ private:
 
 // Every stage has its own warps, so that several stages are summed at once. It has to be its own: stages fill in any order, and a warp that
 // came to a stage's use before the use before it had landed would take the barrier's older phase of the same parity for its own.
-__device__ void sum_stages(const CombineArgs& args, const WaitContext& context, bool has_staged, Pipeline& pipeline, const uint8_t* ring, int warp) {
+__device__ void sum_stages(const CombineArgs& args, bool has_staged, Pipeline& pipeline, const uint8_t* ring, int warp) {
     const int num_stage_threads = kNumSumWarps / args.num_stages * 32;
     const int stage = warp * 32 / num_stage_threads;
     if (stage >= args.num_stages) return;
@@ -196,13 +199,17 @@ __device__ void sum_stages(const CombineArgs& args, const WaitContext& context, 
     for (uint32_t parity = 0;; parity ^= 1) {
         ptx::mbarrier_wait(pipeline.full + stage, parity);
         const StageItem item = pipeline.items[stage];
-        if (item.kind == kEndItem) return;
+        if (item.kind == kEndItem) {
+            __syncwarp();
+            if (thread == 0) atomicAdd(&pipeline.num_stages_over, 1);
+            return;
+        }
         // The rows have left the window: its slots go back to their pushers.
         if (has_staged && thread < args.domain.num_ranks && pipeline.slot_numbers[stage][thread] != 0) {
-            const NormalWindow& window = args.domain.window;
-            const uint32_t number = pipeline.slot_numbers[stage][thread];
-            ptx::store_release_sys(window.slot_free(args.domain.arenas[thread], Op::kCombine, args.domain.rank) + (number - 1) % window.num_slots,
-                                   signal_word(context.epoch, number));
+            volatile uint32_t* cell = &pipeline.returned[stage][thread];
+            while (*cell != 0) __nanosleep(20);  // the warp beside takes it within microseconds and waits for nobody
+            __threadfence_block();
+            *cell = pipeline.slot_numbers[stage][thread];
         }
         if (item.kind == kRowsItem) {
             sum_some_rows(item.num_rows, rows, args.num_stage_row_bytes, args.bias_0 == nullptr ? nullptr : args.bias_0 + item.offset,
@@ -220,6 +227,31 @@ __device__ void sum_stages(const CombineArgs& args, const WaitContext& context, 
     }
 }
 
+// Tells the pushers which slots are free again. A fence across GPUs takes microseconds, so one warp does it for all stages, as many slots at a
+// time as have come up.
+__device__ void return_slots(const CombineArgs& args, const WaitContext& context, Pipeline& pipeline) {
+    const Domain& domain = args.domain;
+    const int rank = threadIdx.x % kMaxRanks;
+    while (true) {
+        const bool is_over = *const_cast<volatile uint32_t*>(&pipeline.num_stages_over) == static_cast<uint32_t>(args.num_stages);
+        __threadfence_block();  // cells filled before the count went up are seen below
+        bool has_any = false;
+        for (int stage = threadIdx.x % 32 / kMaxRanks; stage - static_cast<int>(threadIdx.x % 32 / kMaxRanks) < args.num_stages; stage += 32 / kMaxRanks) {
+            volatile uint32_t* cell = &pipeline.returned[stage < args.num_stages ? stage : 0][rank];
+            const uint32_t number = stage < args.num_stages ? *cell : 0;
+            if (number != 0) {
+                __threadfence_block();
+                *cell = 0;
+            }
+            if (!__any_sync(~0u, number != 0)) continue;
+            has_any = true;
+            if (number != 0)
+                ptx::store_release_sys(domain.window.slot_free(domain.arenas[rank], Op::kCombine, domain.rank) + (number - 1) % domain.window.num_slots,
+                                       signal_word(context.epoch, number));
+        }
+        if (is_over && !has_any) return;
+    }
+}
 #endif
 
 struct Shared {
@@ -255,7 +287,7 @@ __device__ void finish(const CombineArgs& args, const WaitContext& context, Shar
 }
 
 template <int kMaxPushWarpsHere>
-__global__ void __launch_bounds__((kWeightsWarp + 1 + kMaxPushWarpsHere) * 32, 1) gather_and_sum_kernel(const __grid_constant__ CombineArgs args) {
+__global__ void __launch_bounds__((kFirstPushWarp + kMaxPushWarpsHere) * 32, 1) gather_and_sum_kernel(const __grid_constant__ CombineArgs args) {
     extern __shared__ __align__(128) uint8_t dynamic[];
     __shared__ Shared shared;
     const Domain& domain = args.domain;
@@ -269,7 +301,9 @@ __global__ void __launch_bounds__((kWeightsWarp + 1 + kMaxPushWarpsHere) * 32, 1
     exchange_grants(domain, context, shared.handshake, sizes, own);
     const bool has_staged = shared.handshake.has_staged;
 #if DEEPEP_HAS_BULK
+    if (args.use_bulk && threadIdx.x < kMaxPullStages * kMaxRanks) shared.pipeline.returned[threadIdx.x / kMaxRanks][threadIdx.x % kMaxRanks] = 0;
     if (args.use_bulk && threadIdx.x == 0) {
+        shared.pipeline.num_stages_over = 0;
         for (int stage = 0; stage < args.num_stages; ++stage) {
             ptx::mbarrier_init(shared.pipeline.full + stage, 1);
             ptx::mbarrier_init(shared.pipeline.empty + stage, kNumSumWarps / args.num_stages);
@@ -280,28 +314,31 @@ __global__ void __launch_bounds__((kWeightsWarp + 1 + kMaxPushWarpsHere) * 32, 1
 #endif
 
     const int warp = threadIdx.x / 32;
-    const int lane = threadIdx.x % 32;
-    if (warp > kWeightsWarp) {
-        push_own_rows(args, context, shared.handshake, warp - kWeightsWarp - 1, dynamic, shared.staging_barriers[warp - kWeightsWarp - 1]);
+    const int reader = warp - kNumSumWarps;
+    if (warp >= kFirstPushWarp) {
+        push_own_rows(args, context, shared.handshake, warp - kFirstPushWarp, dynamic, shared.staging_barriers[warp - kFirstPushWarp]);
 #if DEEPEP_HAS_BULK
     } else if (args.use_bulk) {
         uint8_t* ring = dynamic + args.num_push_warps * args.num_staging_lanes * args.num_lane_bytes;
-        if (warp < kNumSumWarps) {
-            sum_stages(args, context, has_staged, shared.pipeline, ring, warp);
-        } else if (warp != kWeightsWarp) {
-            if (warp - kNumSumWarps < num_load_warps(args)) LoadWarp(args, context, shared.handshake, shared.pipeline, ring, warp - kNumSumWarps).run();
+        if (reader < 0) {
+            sum_stages(args, has_staged, shared.pipeline, ring, warp);
         } else {
-            if (!has_staged) sum_weights(args, shared.handshake);
+            if (reader < args.num_load_warps)
+                LoadWarp(args, context, shared.handshake, shared.pipeline, ring, reader).run();
+            else if (!has_staged)
+                sum_weights(args, shared.handshake, reader - args.num_load_warps, kNumReaderWarps - args.num_load_warps);
+            else if (reader == args.num_load_warps)
+                return_slots(args, context, shared.pipeline);
             __syncwarp();
-            if (lane == 0) end_reading(args, context);
+            if (threadIdx.x % 32 == 0) end_reading(args, context);
         }
 #endif
     }
     if (!args.use_bulk) {
-        if (warp < kNumSumWarps) gather_rows_plain(args, context, shared.handshake);
-        if (warp == kWeightsWarp && !has_staged) sum_weights(args, shared.handshake);
+        if (reader < 0) gather_rows_plain(args, context, shared.handshake);
+        if (reader >= 0 && reader < kNumReaderWarps && !has_staged) sum_weights(args, shared.handshake, reader, kNumReaderWarps);
         __syncthreads();
-        if (static_cast<int>(threadIdx.x) <= num_load_warps(args)) end_reading(args, context);
+        if (threadIdx.x < kNumReaderWarps) end_reading(args, context);
     }
     finish(args, context, shared);
 }
@@ -309,7 +346,7 @@ __global__ void __launch_bounds__((kWeightsWarp + 1 + kMaxPushWarpsHere) * 32, 1
 }  // namespace
 
 cudaError_t launch_combine(const CombineArgs& args, int num_sms, cudaStream_t stream) {
-    const int num_threads = (kWeightsWarp + 1 + args.num_push_warps) * 32;
+    const int num_threads = (kFirstPushWarp + args.num_push_warps) * 32;
     if (args.num_push_warps > 0)
         gather_and_sum_kernel<kMaxRanks - 1><<<num_sms, num_threads, args.num_dynamic_bytes, stream>>>(args);
     else

@@ -10,10 +10,10 @@ namespace {
 
 constexpr int kCombineOp = static_cast<int>(Op::kCombine);
 constexpr int kNumSumWarps = 16;
-constexpr int kMaxLoadWarps = 4;
-constexpr int kWeightsWarp = kNumSumWarps + kMaxLoadWarps;
-
-__device__ __forceinline__ int num_load_warps(const CombineArgs& args) { return args.num_stages < kMaxLoadWarps ? args.num_stages : kMaxLoadWarps; }
+// Behind the sum warps: load warps, then weights warps, together always as many.
+constexpr int kNumReaderWarps = 5;
+constexpr int kFirstPushWarp = kNumSumWarps + kNumReaderWarps;
+static_assert(kMaxLoadWarps < kNumReaderWarps, "at least one warp sums weights");
 
 // First row at `owner` that came from this rank; rows of one source lie together.
 __device__ __forceinline__ int64_t first_row_of(const CombineArgs& args, int owner) {
@@ -30,34 +30,43 @@ __device__ __noinline__ void report_row(const WaitContext& context, const Handsh
 // One of this block's readers of peers' memory is through; the last reader of the rank tells the owners. Called by one thread.
 __device__ __forceinline__ void end_reading(const CombineArgs& args, const WaitContext& context) {
     const Domain& domain = args.domain;
-    const uint32_t num_readers = gridDim.x * (num_load_warps(args) + 1);  // the load warps and the weights warp of every block
-    if (ptx::add_acq_rel_gpu(&context.state->readers[kCombineOp], 1) != num_readers - 1) return;
+    if (ptx::add_acq_rel_gpu(&context.state->readers[kCombineOp], 1) != gridDim.x * kNumReaderWarps - 1) return;
     ptx::store_relaxed_gpu(&context.state->readers[kCombineOp], 0);
     ptx::fence_acq_rel_sys();  // loads that ended before the arrivals stay before the words below
     for (int peer = 0; peer < domain.num_ranks; ++peer)
         ptx::store_relaxed_sys(domain.window.done(domain.arenas[peer], Op::kCombine, domain.rank), signal_word(context.epoch, 1));
 }
 
-// Top-k weights with ordinary loads, for owners whose memory is in reach.
-__device__ void sum_weights(const CombineArgs& args, const Handshake& handshake) {
+// Top-k weights with ordinary loads, for owners whose memory is in reach. Under the load of the rows a read takes several microseconds, so each
+// lane has two elements' reads from all ranks in flight.
+__device__ __forceinline__ void sum_weights(const CombineArgs& args, const Handshake& handshake, int warp, int num_warps) {
+    constexpr int kUnroll = 2;
     const int num_ranks = args.domain.num_ranks;
     const int64_t num_elements = args.num_tokens * args.num_topk;
-    const int64_t stride = static_cast<int64_t>(gridDim.x) * 32;
-    for (int64_t i = blockIdx.x * 32ll + threadIdx.x % 32; i < num_elements; i += stride) {
-        const int64_t token = i / args.num_topk;
-        const int64_t k = i - token * args.num_topk;
-        float values[kMaxRanks];
+    const int64_t stride = static_cast<int64_t>(gridDim.x) * num_warps * 32;
+    for (int64_t i = (static_cast<int64_t>(blockIdx.x) * num_warps + warp) * 32 + threadIdx.x % 32; i < num_elements; i += stride * kUnroll) {
+        float values[kUnroll][kMaxRanks];
 #pragma unroll
-        for (int rank = 0; rank < kMaxRanks; ++rank) {
-            const int64_t row = rank < num_ranks ? args.send_head[token * num_ranks + rank] : -1;
-            const bool is_held = row >= 0 && row < handshake.grants[rank < num_ranks ? rank : 0].num_rows;
-            values[rank] = is_held ? reinterpret_cast<const float*>(handshake.grants[rank].weights)[row * args.num_topk + k] : 0.0f;
+        for (int u = 0; u < kUnroll; ++u) {
+            const int64_t element = i + u * stride;
+            const int64_t token = element / args.num_topk;
+#pragma unroll
+            for (int rank = 0; rank < kMaxRanks; ++rank) {
+                values[u][rank] = 0.0f;
+                if (rank >= num_ranks || element >= num_elements) continue;
+                const Grant& grant = handshake.grants[rank];
+                const int64_t row = args.send_head[token * num_ranks + rank];
+                if (row >= 0 && row < grant.num_rows) values[u][rank] = reinterpret_cast<const float*>(grant.weights)[row * args.num_topk + element - token * args.num_topk];
+            }
         }
         // A rank that does not hold the token contributes +0, which changes no sum that starts from +0.
-        float sum = 0.0f;
 #pragma unroll
-        for (int rank = 0; rank < kMaxRanks; ++rank) sum = __fadd_rn(sum, values[rank]);
-        args.out_topk_weights[i] = sum;
+        for (int u = 0; u < kUnroll; ++u) {
+            float sum = 0.0f;
+#pragma unroll
+            for (int rank = 0; rank < kMaxRanks; ++rank) sum = __fadd_rn(sum, values[u][rank]);
+            if (i + u * stride < num_elements) args.out_topk_weights[i + u * stride] = sum;
+        }
     }
 }
 

@@ -128,6 +128,7 @@ struct CombineArgs {
     bool use_bulk;
     int num_stages;
     int num_stage_row_bytes;
+    int num_load_warps;
     int num_push_warps;     // ranks to push to when this rank's rows are staged, else 0
     int num_staging_lanes;  // rows that each of them carries at once
     int num_lane_bytes;     // shared memory of each
@@ -151,6 +152,7 @@ constexpr int kMaxPushStages = 8;   // of each
 constexpr int kMaxDispatchWarps = 20;  // push and side warps together
 constexpr int kMaxStagingLanes = 8;
 constexpr int kMaxPullStages = 16;  // of combine
+constexpr int kMaxLoadWarps = 4;
 constexpr int kMaxSharedBytes = 232448;  // what a block may have on SM90 and SM100; smaller devices use no bulk copies
 
 cudaError_t launch_layout(const LayoutArgs& args, cudaStream_t stream);

@@ -49,7 +49,7 @@ __device__ __forceinline__ void copy_by_warp(uint8_t* dst, const uint8_t* src, i
 // Pushes rows to one rank's window. A Source says which rows there are:
 //   num_candidates()          what is claimed, in order (tokens, or rows)
 //   row(candidate)            its row number in this pair, or -1
-//   num_units()               units of a row
+//   num_units()               units of a row; the first one is never built
 //   num_bytes(unit)           a multiple of 16, at most kNumSlotBytes
 //   is_built(unit)            whether the unit is put together by build() instead of copied from address()
 //   address(candidate, unit)  where the unit lies
@@ -61,71 +61,97 @@ __device__ void push_staged(const Domain& domain, const WaitContext& context, co
     const uint64_t* free_words = window.slot_free(domain.arenas[domain.rank], context.op, dst_rank);
     uint64_t* full_words = window.slot_full(domain.arenas[dst_rank], context.op, domain.rank);
     uint8_t* ring = window.staging(domain.arenas[dst_rank], domain.rank);
-    uint32_t parity = 0;
-#if DEEPEP_HAS_BULK
-    const auto load = [&](int64_t candidate, int unit) {
-        ptx::mbarrier_arrive_expect(lanes.barriers + lane, source.num_bytes(unit));
-        ptx::bulk_load(lanes.stages + lane * lanes.num_lane_bytes, source.address(candidate, unit), source.num_bytes(unit), lanes.barriers + lane);
+    const auto row_of = [&](int64_t candidate) { return lane < lanes.num_lanes && candidate < source.num_candidates() ? source.row(candidate) : -1; };
+    const auto free_word = [&](int64_t number) { return signal_word(context.epoch, static_cast<uint32_t>(number - window.num_slots + 1)); };
+    const auto wait_free = [&](int64_t number, int64_t slot) {
+        return number < window.num_slots || wait_exact(context, free_words + slot, free_word(number), Phase::kSlotFree, dst_rank);
     };
-#endif
-    while (true) {
-        const int64_t first = claim_rows(&context.state->push_claims[dst_rank], lanes.num_lanes);
-        if (first >= source.num_candidates()) return;
-        const int64_t candidate = first + lane;
-        const bool is_mine = lane < lanes.num_lanes && candidate < source.num_candidates();
-        const int64_t row = is_mine ? source.row(candidate) : -1;
-        const bool has_row = row >= 0;
-        for (int unit = 0; unit < source.num_units(); ++unit) {
-            const int num_bytes = source.num_bytes(unit);
-            const int64_t number = row * source.num_units() + unit;
-            const int64_t slot = has_row ? number % window.num_slots : 0;
-            uint8_t* stage = lanes.stages + lane * lanes.num_lane_bytes;
-            const bool is_built = source.is_built(unit);
+    int64_t first = claim_rows(&context.state->push_claims[dst_rank], lanes.num_lanes);
 #if DEEPEP_HAS_BULK
-            if constexpr (kBulk) {
-                if (is_built) {
+    if constexpr (kBulk) {
+        uint8_t* stage = lanes.stages + lane * lanes.num_lane_bytes;
+        uint32_t parity = 0;
+        const auto load = [&](int64_t candidate, int unit) {
+            ptx::mbarrier_arrive_expect(lanes.barriers + lane, source.num_bytes(unit));
+            ptx::bulk_load(stage, source.address(candidate, unit), source.num_bytes(unit), lanes.barriers + lane);
+        };
+        // FULL of a lane's newest unit is owed until the next one is on its way: waiting for the landing and releasing a flag take microseconds each,
+        // and meanwhile the stage refills. Before any lane waits for room, all lanes pay: what they owe may be what the receiver waits for.
+        int64_t owed = -1;
+        const auto pay = [&] {
+            ptx::store_release_sys(full_words + owed % window.num_slots, signal_word(context.epoch, static_cast<uint32_t>(owed + 1)));
+            owed = -1;
+        };
+        int64_t row = row_of(first + lane);
+        if (row >= 0) load(first + lane, 0);
+        while (first < source.num_candidates()) {
+            const bool has_row = row >= 0;
+            int64_t next_first = 0, next_row = -1;
+            for (int unit = 0; unit < source.num_units(); ++unit) {
+                const int64_t number = row * source.num_units() + unit;
+                const int64_t slot = has_row ? number % window.num_slots : 0;
+                if (source.is_built(unit)) {
                     for (int i = 0; i < lanes.num_lanes; ++i)
                         if (__shfl_sync(~0u, has_row, i)) source.build(first + i, lanes.stages + i * lanes.num_lane_bytes);
                     ptx::fence_async_shared();  // these ordinary writes are read by the bulk store below
                     __syncwarp();
-                } else if (has_row && unit == 0) {
-                    load(candidate, 0);
                 }
-            }
-#endif
-            bool is_free = true;
-            if (has_row && number >= window.num_slots) {
-                is_free = wait_exact(context, free_words + slot, signal_word(context.epoch, static_cast<uint32_t>(number - window.num_slots + 1)),
-                                     Phase::kSlotFree, dst_rank);
-            }
-#if DEEPEP_HAS_BULK
-            if constexpr (kBulk) {
-                if (has_row && !is_built) {
+                const bool must_wait = has_row && number >= window.num_slots && ptx::load_acquire_sys(free_words + slot) != free_word(number);
+                const bool some_wait = __any_sync(~0u, must_wait);
+                if (owed >= 0 && (some_wait || !has_row)) {
+                    ptx::bulk_wait<0>();
+                    pay();
+                }
+                const bool is_free = !must_wait || wait_free(number, slot);
+                if (has_row && !source.is_built(unit)) {
                     ptx::mbarrier_wait(lanes.barriers + lane, parity);
                     parity ^= 1;
                 }
                 if (!__all_sync(~0u, is_free)) return;  // what was loaded has landed: shared memory may be left
                 if (has_row) {
                     ptx::fence_async_global();  // FREE, acquired above, permits the bulk store
-                    ptx::bulk_store(ring + slot * kNumSlotBytes, stage, num_bytes);
+                    ptx::bulk_store(ring + slot * kNumSlotBytes, stage, source.num_bytes(unit));
                     ptx::bulk_commit();
-                    // The next unit of the row comes into the stage while this one is on its way.
-                    ptx::bulk_wait_read<0>();
-                    if (unit + 1 < source.num_units() && !source.is_built(unit + 1)) load(candidate, unit + 1);
-                    ptx::bulk_wait<0>();
-                    ptx::store_release_sys(full_words + slot, signal_word(context.epoch, static_cast<uint32_t>(number + 1)));
                 }
+                if (unit == 0) {
+                    next_first = claim_rows(&context.state->push_claims[dst_rank], lanes.num_lanes);
+                    next_row = row_of(next_first + lane);
+                }
+                // What comes next is loaded while this unit is on its way.
+                ptx::bulk_wait_read<0>();
+                const bool is_last = unit + 1 == source.num_units();
+                if (is_last && next_row >= 0) load(next_first + lane, 0);
+                if (!is_last && has_row && !source.is_built(unit + 1)) load(first + lane, unit + 1);
+                if (owed >= 0) {
+                    ptx::bulk_wait<1>();  // this unit's store may still be on its way, the one before has landed
+                    pay();
+                }
+                if (has_row) owed = number;
                 __syncwarp();
             }
+            first = next_first;
+            row = next_row;
+        }
+        if (owed >= 0) {
+            ptx::bulk_wait<0>();
+            pay();
+        }
+        __syncwarp();
+        return;
+    }
 #endif
-            if constexpr (!kBulk) {
-                if (!__all_sync(~0u, is_free)) return;
-                if (!__shfl_sync(~0u, has_row, 0)) continue;
-                uint8_t* to = ring + __shfl_sync(~0u, slot, 0) * kNumSlotBytes;
-                if (is_built)
+    if constexpr (!kBulk) {
+        for (; first < source.num_candidates(); first = claim_rows(&context.state->push_claims[dst_rank], 1)) {
+            const int64_t row = __shfl_sync(~0u, row_of(first + lane), 0);
+            for (int unit = 0; row >= 0 && unit < source.num_units(); ++unit) {
+                const int64_t number = row * source.num_units() + unit;
+                const int64_t slot = number % window.num_slots;
+                if (!__all_sync(~0u, wait_free(number, slot))) return;  // every lane acquires: every lane stores
+                uint8_t* to = ring + slot * kNumSlotBytes;
+                if (source.is_built(unit))
                     source.build(first, to);
                 else
-                    copy_by_warp(to, source.address(first, unit), num_bytes);
+                    copy_by_warp(to, source.address(first, unit), source.num_bytes(unit));
                 __syncwarp();  // joins the warp's stores to lane 0, whose release passes them on
                 if (lane == 0) ptx::store_release_sys(full_words + slot, signal_word(context.epoch, static_cast<uint32_t>(number + 1)));
             }
@@ -144,7 +170,7 @@ __device__ void drain_staged(const Domain& domain, const WaitContext& context, c
     const uint64_t* full_words = window.slot_full(domain.arenas[domain.rank], context.op, src_rank);
     uint64_t* free_words = window.slot_free(domain.arenas[src_rank], context.op, domain.rank);
     const uint8_t* ring = window.staging(domain.arenas[domain.rank], src_rank);
-    uint32_t parity = 0;
+    [[maybe_unused]] uint32_t parity = 0;
     while (true) {
         const int64_t first = claim_rows(&context.state->pull_claims[src_rank], lanes.num_lanes);
         if (first >= sink.num_rows()) break;

@@ -174,6 +174,7 @@ class Runtime:
         num_sms: int,
         stream: int,
         use_bulk: bool = True,
+        num_warps: int = 0,
         num_stages: int = 0,
     ) -> str: ...
 

@@ -13,7 +13,7 @@ cmake -S "$package" -B "$DEEPEP_BUILD_DIR" -G Ninja -DCMAKE_CUDA_ARCHITECTURES=9
 cd "$here" || exit 1
 while [ $# -gt 0 ]; do
   case $1 in
-    check) shift; timeout 90 python3 -m pytest -q --maxfail="${MAXFAIL:-6}" -p no:cacheprovider -c /dev/null --rootdir . --confcutdir . test_kernels.py 2>&1 | tail -60 ;;
+    check) shift; timeout 100 python3 -m pytest -q --maxfail="${MAXFAIL:-6}" -p no:cacheprovider -c /dev/null --rootdir . --confcutdir . test_kernels.py ${PYTEST_ARGS:-} 2>&1 | tail -60 ;;
     measure) shift; timeout "${MEASURE_S:-45}" python3 measure.py "$@"; break ;;
     *) echo "run.sh: '$1' is neither check nor measure"; exit 2 ;;
   esac

@@ -3,25 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
+import os
+import sys
+from pathlib import Path
 
 import pytest
 
 torch = pytest.importorskip("torch")
 if not torch.cuda.is_available():
     pytest.skip("needs CUDA GPUs; none is visible", allow_module_level=True)
-world_module = pytest.importorskip("world", reason="needs the built extension (DEEPEP_BUILD_DIR)", exc_type=ImportError)
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+pytest.importorskip(
+    "world", reason="needs the extension: install the package or name DEEPEP_BUILD_DIR", exc_type=ImportError
+)
 
 from world import Case, Rank, World, allocate, combine, dispatch, layout, make_back, make_rank, notify  # noqa: E402
 
-_worlds: dict[tuple[int, int], World] = {}
+_worlds: dict[tuple[int, int, bool], World] = {}
+ONE_GPU = bool(os.environ.get("DEEPEP_TEST_ONE_GPU"))
 
 
-def world_of(num_ranks: int, staging_bytes: int = 64 << 20) -> World:
-    if torch.cuda.device_count() < num_ranks:
-        pytest.skip(f"needs {num_ranks} GPUs, found {torch.cuda.device_count()}")
-    key = (num_ranks, staging_bytes)
+def world_of(num_ranks: int, staging_bytes: int = 64 << 20, symmetric: bool = False) -> World:
+    if torch.cuda.device_count() < num_ranks and not ONE_GPU:
+        pytest.skip(
+            f"needs {num_ranks} GPUs, found {torch.cuda.device_count()}; DEEPEP_TEST_ONE_GPU=1 puts all ranks on one"
+        )
+    key = (num_ranks, staging_bytes, symmetric)
     if key not in _worlds:
-        _worlds[key] = World(num_ranks, 3 << 30, staging_bytes=staging_bytes)
+        devices = [0] * num_ranks if ONE_GPU else None
+        _worlds[key] = World(num_ranks, 3 << 30, staging_bytes=staging_bytes, symmetric=symmetric, devices=devices)
     _worlds[key].release()
     return _worlds[key]
 
@@ -31,7 +41,9 @@ def first_difference(name: str, rank: int, got: torch.Tensor, want: torch.Tensor
     got_bytes, want_bytes = got.contiguous().view(torch.uint8), want.contiguous().view(torch.uint8)
     if not torch.equal(got_bytes, want_bytes):
         at = (got_bytes != want_bytes).nonzero()
-        raise AssertionError(f"{name} on rank {rank}: {len(at)} bytes differ, first at {at[0].tolist()}: got {got_bytes[tuple(at[0])]}, expected {want_bytes[tuple(at[0])]}")
+        raise AssertionError(
+            f"{name} on rank {rank}: {len(at)} bytes differ, first at {at[0].tolist()}: got {got_bytes[tuple(at[0])]}, expected {want_bytes[tuple(at[0])]}"
+        )
 
 
 def routes(case: Case, ranks: list[Rank]) -> list[torch.Tensor]:
@@ -51,7 +63,12 @@ def check_layout(case: Case, ranks: list[Rank]) -> None:
         good = (idx >= 0) & (idx < case.num_experts)
         first_difference("is_token_in_rank", rank, r.is_token_in_rank.cpu(), goes)
         first_difference("num_tokens_per_rank", rank, r.num_tokens_per_rank.cpu(), goes.sum(0).int())
-        first_difference("num_tokens_per_expert", rank, r.num_tokens_per_expert.cpu(), torch.bincount(idx[good], minlength=case.num_experts).int())
+        first_difference(
+            "num_tokens_per_expert",
+            rank,
+            r.num_tokens_per_expert.cpu(),
+            torch.bincount(idx[good], minlength=case.num_experts).int(),
+        )
         assert r.bad.item() == ((idx != -1) & ~good).sum()
 
 
@@ -69,7 +86,9 @@ def check_dispatch(case: Case, ranks: list[Rank], *, cached: bool = False) -> li
         rows = int(prefix[-1, rank])
         device = r.x.device
         pick = [g[:, rank].nonzero().flatten() for g in goes]
-        gather = lambda name: torch.cat([getattr(s, name)[p.to(s.x.device)].to(device) for s, p in zip(ranks, pick, strict=True)])  # noqa: E731
+        gather = lambda name: torch.cat(
+            [getattr(s, name)[p.to(s.x.device)].to(device) for s, p in zip(ranks, pick, strict=True)]
+        )  # noqa: E731
         first_difference("recv_x", rank, r.outputs["x"][:rows], gather("x"))
         if case.num_scales:
             first_difference("recv_scales", rank, r.outputs["scales"][:rows], gather("scales"))
@@ -78,10 +97,17 @@ def check_dispatch(case: Case, ranks: list[Rank], *, cached: bool = False) -> li
         idx = gather("topk_idx").long()
         local = torch.where((idx >= rank * per_rank) & (idx < (rank + 1) * per_rank), idx - rank * per_rank, -1)
         first_difference("recv_topk_idx", rank, r.outputs["topk_idx"][:rows], local)
-        first_difference("recv_topk_weights", rank, r.outputs["topk_weights"][:rows], torch.where(local < 0, 0.0, gather("topk_weights")))
+        first_difference(
+            "recv_topk_weights",
+            rank,
+            r.outputs["topk_weights"][:rows],
+            torch.where(local < 0, 0.0, gather("topk_weights")),
+        )
         first_difference("recv_src_idx", rank, r.outputs["src_idx"][:rows].cpu(), torch.cat(pick).int())
         per_expert = torch.bincount(local[local >= 0].flatten().cpu(), minlength=per_rank)
-        first_difference("expert_counts", rank, r.expert_counts.cpu(), (-(-per_expert // case.alignment) * case.alignment).int())
+        first_difference(
+            "expert_counts", rank, r.expert_counts.cpu(), (-(-per_expert // case.alignment) * case.alignment).int()
+        )
     return [int(n) for n in prefix[-1]]
 
 
@@ -103,8 +129,8 @@ def check_combine(case: Case, ranks: list[Rank], backs: list, *, weights: bool =
             first_difference("combined weights", rank, b.out_weights, total_weights)
 
 
-def run(case: Case, staging_bytes: int = 64 << 20) -> None:
-    world = world_of(case.num_ranks, staging_bytes)
+def run(case: Case, staging_bytes: int = 64 << 20, symmetric: bool = False) -> None:
+    world = world_of(case.num_ranks, staging_bytes, symmetric)
     ranks = [make_rank(world, case, rank) for rank in range(case.num_ranks)]
     world.sync()
     layout(world, case, ranks)
@@ -166,11 +192,47 @@ def cases() -> list[Case]:
             Case(num_tokens=(65, 66, 67), hidden_bytes=16, num_topk=1, num_experts=3, **how),
             Case(num_tokens=(70, 71, 72, 73), hidden_bytes=32768, num_topk=8, num_experts=64, num_sms=5, **how),
             Case(num_tokens=(70, 71, 72, 73), hidden_bytes=16400, num_topk=8, num_experts=64, num_sms=1, **how),
-            Case(num_tokens=(300, 301, 302, 303), hidden_bytes=7168, dtype=torch.uint8, num_scales=56, num_topk=8, num_experts=256, alignment=16, num_sms=24, **how),
-            Case(num_tokens=(300, 301, 302, 303), hidden_bytes=7168, dtype=torch.uint8, num_scales=56, scales_layout="column", num_topk=8, num_experts=256, index_bits=32, **how),
-            Case(num_tokens=(90, 91, 92, 93), hidden_bytes=2048, dtype=torch.uint8, num_scales=16, scales_layout="sparse", num_topk=32, num_experts=64, **how),
+            Case(
+                num_tokens=(300, 301, 302, 303),
+                hidden_bytes=7168,
+                dtype=torch.uint8,
+                num_scales=56,
+                num_topk=8,
+                num_experts=256,
+                alignment=16,
+                num_sms=24,
+                **how,
+            ),
+            Case(
+                num_tokens=(300, 301, 302, 303),
+                hidden_bytes=7168,
+                dtype=torch.uint8,
+                num_scales=56,
+                scales_layout="column",
+                num_topk=8,
+                num_experts=256,
+                index_bits=32,
+                **how,
+            ),
+            Case(
+                num_tokens=(90, 91, 92, 93),
+                hidden_bytes=2048,
+                dtype=torch.uint8,
+                num_scales=16,
+                scales_layout="sparse",
+                num_topk=32,
+                num_experts=64,
+                **how,
+            ),
             Case(num_tokens=(90, 91, 92, 93), hidden_bytes=128, dtype=torch.uint8, num_scales=1, **how),
-            Case(num_tokens=(90, 91, 92, 93), hidden_bytes=640, dtype=torch.uint8, num_scales=5, scales_layout="column", **how),
+            Case(
+                num_tokens=(90, 91, 92, 93),
+                hidden_bytes=640,
+                dtype=torch.uint8,
+                num_scales=5,
+                scales_layout="column",
+                **how,
+            ),
             Case(num_tokens=(5000, 4999, 3, 1024), hidden_bytes=512, num_topk=8, num_experts=1024, num_sms=32, **how),
         ]
     return found
@@ -186,9 +248,26 @@ STAGED = [
     Case(num_tokens=(64, 80), staged=(True, False), num_biases=1),
     Case(num_tokens=(100, 0, 70, 33), staged=(True,) * 4),
     Case(num_tokens=(100, 90, 70, 33), staged=(False, True, False, True), num_topk=3, num_experts=12),
-    Case(num_tokens=(500, 400, 300, 200), staged=(True,) * 4, hidden_bytes=14336, num_topk=8, num_experts=256, num_sms=24),
-    Case(num_tokens=(300, 301, 302, 303), staged=(True,) * 4, hidden_bytes=7168, dtype=torch.uint8, num_scales=56, num_topk=8, num_experts=256),
-    Case(num_tokens=(200, 201, 3, 100), staged=(False, False, True, True), hidden_bytes=640, dtype=torch.uint8, num_scales=5, scales_layout="column"),
+    Case(
+        num_tokens=(500, 400, 300, 200), staged=(True,) * 4, hidden_bytes=14336, num_topk=8, num_experts=256, num_sms=24
+    ),
+    Case(
+        num_tokens=(300, 301, 302, 303),
+        staged=(True,) * 4,
+        hidden_bytes=7168,
+        dtype=torch.uint8,
+        num_scales=56,
+        num_topk=8,
+        num_experts=256,
+    ),
+    Case(
+        num_tokens=(200, 201, 3, 100),
+        staged=(False, False, True, True),
+        hidden_bytes=640,
+        dtype=torch.uint8,
+        num_scales=5,
+        scales_layout="column",
+    ),
     Case(num_tokens=(200, 201, 3, 100), staged=(True,) * 4, hidden_bytes=16 * 7, num_topk=1, num_sms=1),
     Case(num_tokens=(200, 201, 3, 100), staged=(True,) * 4, routing="to_rank_0", hidden_bytes=32768, num_biases=2),
     Case(num_tokens=(60,), staged=(True,), num_experts=8),
@@ -200,6 +279,67 @@ STAGED = [
 @pytest.mark.parametrize("case", STAGED, ids=lambda case: case.name)
 def test_memory_out_of_reach_goes_through_the_staging_window(case: Case, num_slots: int, use_bulk: bool) -> None:
     run(dataclasses.replace(case, use_bulk=use_bulk), staging_bytes=case.num_ranks * num_slots * 8192)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_memory_exported_and_imported_as_file_descriptors_serves(num_ranks: int) -> None:
+    run(Case(num_tokens=(150, 140, 130, 0)[:num_ranks], hidden_bytes=2048, num_topk=8, num_experts=64), symmetric=True)
+
+
+def test_a_captured_graph_replays_with_new_routing_and_data() -> None:
+    case = Case(num_tokens=(100, 50, 0, 80), num_topk=4)
+    world = world_of(4)
+    ranks = [make_rank(world, case, rank) for rank in range(4)]
+    backs = [make_back(world, case, rank, 512) for rank in range(4)]
+    allocate(world, case, ranks, [512] * 4)
+    world.sync()
+    graphs = [torch.cuda.CUDAGraph() for _ in ranks]
+    for rank, graph in enumerate(graphs):
+        with (
+            torch.cuda.device(world.devices[rank]),
+            torch.cuda.graph(graph, stream=world.streams[rank], capture_error_mode="thread_local"),
+        ):
+            world.only = rank
+            layout(world, case, ranks)
+            notify(world, case, ranks, ticket=False)
+            dispatch(world, case, ranks, fill=True)
+            combine(world, case, ranks, backs)
+    world.only = None
+    for seed in range(1, 6):
+        fresh = [make_rank(world, dataclasses.replace(case, seed=seed), rank) for rank in range(4)]
+        for r, new, b in zip(ranks, fresh, backs, strict=True):
+            r.x.copy_(new.x)
+            r.topk_idx.copy_(new.topk_idx)
+            r.topk_weights.copy_(new.topk_weights)
+            for out in (*r.outputs.values(), b.out, b.out_weights):
+                out.view(torch.uint8).fill_(0xFF)
+        world.sync()
+        for rank, graph in enumerate(graphs):
+            with torch.cuda.device(world.devices[rank]), torch.cuda.stream(world.streams[rank]):
+                graph.replay()
+        world.check()
+        check_layout(case, ranks)
+        check_dispatch(case, ranks)
+        check_combine(case, ranks, backs)
+
+
+def test_many_repetitions_give_the_same_bytes() -> None:
+    case = Case(num_tokens=(512, 300, 512, 1), hidden_bytes=7168, num_topk=8, num_experts=256, num_sms=16)
+    world = world_of(4)
+    ranks = [make_rank(world, case, rank) for rank in range(4)]
+    world.sync()
+    layout(world, case, ranks)
+    notify(world, case, ranks)
+    rows = [runtime.wait_counts(world.ticket, 5.0).num_recv_tokens for runtime in world.runtimes]
+    allocate(world, case, ranks, rows)
+    backs = [make_back(world, case, rank, rows[rank]) for rank in range(4)]
+    world.sync()
+    for _ in range(300):
+        dispatch(world, case, ranks)
+        combine(world, case, ranks, backs)
+    world.check()
+    check_dispatch(case, ranks)
+    check_combine(case, ranks, backs)
 
 
 def test_worst_case_sizes_need_no_host_and_mark_unused_rows() -> None:

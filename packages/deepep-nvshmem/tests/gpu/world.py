@@ -11,8 +11,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-sys.path.insert(0, os.environ.get("DEEPEP_BUILD_DIR", ""))
-import _nvlink  # noqa: E402
+if build := os.environ.get("DEEPEP_BUILD_DIR"):
+    sys.path.insert(0, build)
+    import _nvlink
+else:
+    from deepep_nvshmem import _nvlink
 
 DTYPE_BYTES = {torch.uint8: 1, torch.bfloat16: 2}
 
@@ -41,26 +44,87 @@ class Case:
 
     @property
     def name(self) -> str:
-        parts = [f"{self.num_ranks}ranks", "T" + "-".join(map(str, self.num_tokens)), f"{self.hidden_bytes}B", f"top{self.num_topk}of{self.num_experts}", self.routing]
+        parts = [
+            f"{self.num_ranks}ranks",
+            "T" + "-".join(map(str, self.num_tokens)),
+            f"{self.hidden_bytes}B",
+            f"top{self.num_topk}of{self.num_experts}",
+            self.routing,
+        ]
         parts += [f"S{self.num_scales}{self.scales_layout}"] if self.num_scales else []
-        parts += [f"{self.num_sms}sms"] + ([] if self.use_bulk else ["plain"]) + (["staged" + "".join(map(str, map(int, self.staged)))] if any(self.staged) else [])
+        parts += (
+            [f"{self.num_sms}sms"]
+            + ([] if self.use_bulk else ["plain"])
+            + (["staged" + "".join(map(str, map(int, self.staged)))] if any(self.staged) else [])
+        )
         return "_".join(parts)
 
 
-class World:
-    """``N`` runtimes whose arenas are ordinary tensors; peer access comes from torch's first copy between two devices."""
+class RawMemory:
+    """Device memory that torch did not allocate, as ``torch.as_tensor`` takes it."""
 
-    def __init__(self, num_ranks: int, arena_bytes: int, *, devices: list[int] | None = None, staging_bytes: int = 64 << 20, timeout_s: float = 4.0) -> None:
+    def __init__(self, address: int, num_bytes: int) -> None:
+        self.__cuda_array_interface__ = {
+            "shape": (num_bytes,),
+            "typestr": "|u1",
+            "data": (address, False),
+            "version": 3,
+        }
+
+
+class World:
+    """``N`` runtimes whose arenas are ordinary tensors (peer access comes from torch's first copy between two devices), or symmetric memory
+    that was exported and imported as file descriptors."""
+
+    def __init__(
+        self,
+        num_ranks: int,
+        arena_bytes: int,
+        *,
+        devices: list[int] | None = None,
+        staging_bytes: int = 64 << 20,
+        timeout_s: float = 4.0,
+        symmetric: bool = False,
+    ) -> None:
         self.num_ranks = num_ranks
         self.devices = devices or list(range(num_ranks))
         for a in self.devices:
             for b in self.devices:
                 torch.ones(8, device=f"cuda:{a}").to(f"cuda:{b}")
-        self.arenas = [torch.empty(arena_bytes, dtype=torch.uint8, device=f"cuda:{d}") for d in self.devices]
-        pointers = [arena.data_ptr() for arena in self.arenas]
-        self.window_bytes = _nvlink.Runtime.window_bytes(num_ranks=num_ranks, max_local_experts=512, num_staging_bytes=staging_bytes)
+        if symmetric:
+            self.keep: list = [_nvlink.Arena(device=d, num_reserved_bytes=arena_bytes) for d in self.devices]
+            own = list(self.keep)
+            for arena in own:  # two segments, to have a seam inside
+                arena.grow(arena_bytes // 2)
+                arena.grow(arena_bytes - arena.num_bytes)
+            arena_bytes = own[0].num_bytes
+            self.arenas = [
+                torch.as_tensor(RawMemory(arena.base, arena_bytes), device=f"cuda:{d}")
+                for arena, d in zip(own, self.devices, strict=True)
+            ]
+            pointers_of = [
+                [
+                    self._map(own[peer], self.devices[rank]) if peer != rank else own[rank].base
+                    for peer in range(num_ranks)
+                ]
+                for rank in range(num_ranks)
+            ]
+        else:
+            self.arenas = [torch.empty(arena_bytes, dtype=torch.uint8, device=f"cuda:{d}") for d in self.devices]
+            pointers_of = [[arena.data_ptr() for arena in self.arenas]] * num_ranks
+        self.window_bytes = _nvlink.Runtime.window_bytes(
+            num_ranks=num_ranks, max_local_experts=512, num_staging_bytes=staging_bytes
+        )
         self.runtimes = [
-            _nvlink.Runtime(rank=r, num_ranks=num_ranks, device=self.devices[r], arena_ptrs=pointers, num_arena_bytes=arena_bytes, max_local_experts=512, num_staging_bytes=staging_bytes)
+            _nvlink.Runtime(
+                rank=r,
+                num_ranks=num_ranks,
+                device=self.devices[r],
+                arena_ptrs=pointers_of[r],
+                num_arena_bytes=arena_bytes,
+                max_local_experts=512,
+                num_staging_bytes=staging_bytes,
+            )
             for r in range(num_ranks)
         ]
         for runtime in self.runtimes:
@@ -69,6 +133,15 @@ class World:
         self.used = [self.window_bytes] * num_ranks
         self.ticket = 0
         self.only: int | None = None  # launches of one rank alone, for capture
+
+    def _map(self, arena, device: int) -> int:
+        peer = _nvlink.PeerArena(device=device, num_reserved_bytes=arena.num_bytes)
+        for segment in range(2):
+            fd = arena.export_fd(segment)
+            peer.map(fd, arena.segment_bytes(segment))
+            os.close(fd)
+        self.keep.append(peer)
+        return peer.base
 
     def members(self, *per_rank: list) -> list[tuple]:
         """(runtime, stream, ...) of the ranks that launch."""
@@ -124,7 +197,9 @@ class Rank:
     outputs: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
-def random_rows(shape: tuple[int, int], dtype: torch.dtype, device: torch.device, generator: torch.Generator) -> torch.Tensor:
+def random_rows(
+    shape: tuple[int, int], dtype: torch.dtype, device: torch.device, generator: torch.Generator
+) -> torch.Tensor:
     """``[rows, bytes]`` random bytes, or random finite bfloat16 of that many bytes."""
     if dtype == torch.uint8:
         return torch.randint(0, 256, shape, dtype=torch.uint8, device=device, generator=generator)
@@ -136,7 +211,11 @@ def make_rank(world: World, case: Case, rank: int) -> Rank:
     g = torch.Generator(device=device).manual_seed(1000 * case.seed + rank)
     t, k, e, n = case.num_tokens[rank], case.num_topk, case.num_experts, case.num_ranks
     idx_type = torch.int64 if case.index_bits == 64 else torch.int32
-    idx = torch.rand((t, e), device=device, generator=g).topk(k, dim=1).indices if t else torch.empty((0, k), dtype=torch.int64, device=device)
+    idx = (
+        torch.rand((t, e), device=device, generator=g).topk(k, dim=1).indices
+        if t
+        else torch.empty((0, k), dtype=torch.int64, device=device)
+    )
     if case.routing == "to_rank_0":
         idx = torch.rand((t, e // n), device=device, generator=g).topk(min(k, e // n), dim=1).indices if t else idx
         idx = torch.nn.functional.pad(idx, (0, k - idx.shape[1]), value=-1)
@@ -209,7 +288,9 @@ def allocate(world: World, case: Case, ranks: list[Rank], capacities: list[int])
             r.outputs["scales"] = make((rows, case.num_scales), torch.float32)
 
 
-def dispatch(world: World, case: Case, ranks: list[Rank], *, cached: bool = False, fill: bool = False, **tuning: int) -> list[str]:
+def dispatch(
+    world: World, case: Case, ranks: list[Rank], *, cached: bool = False, fill: bool = False, **tuning: int
+) -> list[str]:
     how = []
     for runtime, stream, r in world.members(ranks):
         out = r.outputs
@@ -254,7 +335,9 @@ def make_back(world: World, case: Case, rank: int, num_rows: int) -> Back:
     )
 
 
-def combine(world: World, case: Case, ranks: list[Rank], backs: list[Back], *, weights: bool = True, **tuning: int) -> list[str]:
+def combine(
+    world: World, case: Case, ranks: list[Rank], backs: list[Back], *, weights: bool = True, **tuning: int
+) -> list[str]:
     how = []
     for runtime, stream, r, b in world.members(ranks, backs):
         biases = [bias.data_ptr() for bias in b.biases] + [0, 0]

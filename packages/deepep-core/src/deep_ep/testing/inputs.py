@@ -16,6 +16,9 @@ from .formats import Bits8, Bits16, Float32, bf16_to_float32, float32_to_bf16, r
 from .oracle import LowLatencyOracle, NormalOracle
 from .routing import Routing
 
+_FACTORS = (1.0, -1.0, 1.5, 1.375 * 2.0**-18, -0.8125 * 2.0**-18, 2.0**-9)
+_FACTOR_SHARES = (0.3, 0.3, 0.1, 0.1, 0.1, 0.1)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
@@ -72,17 +75,20 @@ class Case:
         return random.integers(-(2**31), 2**31, (self.num_tokens(rank), num_scales), dtype=np.int32)
 
     def bias(self, rank: int, number: int) -> Bits16:
-        """bf16 ``[T, H]``."""
-        random = self.routing.random(rank, salt=400 + number)
-        return float32_to_bf16(random.standard_normal((self.num_tokens(rank), self.hidden)).astype(np.float32))
+        """bf16 ``[T, H]``, of the same kind as expert outputs."""
+        return float32_to_bf16(self.expert_rows(1000 + number, rank))
 
     # --- what experts give back: bf16 values as float32
 
     def expert_rows(self, expert: int, source: int) -> Float32:
-        """Output of an expert for each token of a source rank, ``[T, H]``; it depends on expert, rank and token."""
-        base = _expert_base(self, source)
-        factor = (1.0 + 0.37 * (expert % 7)) * (-1.0) ** (expert % 3) * 2.0 ** (expert % 5 - 2)
-        return round_to_bf16(base * np.float32(factor))
+        """Output of an expert for each token of a source rank, ``[T, H]``; it depends on expert, rank and token.
+
+        Sums of bf16 numbers of like size are exact in float32, whatever their order. Here large terms cancel and leave
+        small ones, so another order, or a rounding too few or too many, changes the result.
+        """
+        random = np.random.default_rng([self.routing.seed, expert, 4])
+        factors = random.choice(_FACTORS, self.hidden, p=_FACTOR_SHARES).astype(np.float32)
+        return round_to_bf16(_expert_base(self, source) * factors)
 
     def rank_rows(self, rank: int) -> Float32:
         """What ``rank`` gives to normal-mode combine, ``[R, H]``: one row for each row it received."""

@@ -9,6 +9,7 @@ Fixtures, both of the whole session: ``rank_pool``, eight ranks on the CPU; ``ra
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 
 import pytest
@@ -54,6 +55,16 @@ def rank_pool(rank_pools: RankPools) -> RankPool:
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "gpu(n=1): needs n GPUs in this machine")
     preload("deep_ep.testing.conformance", "hypothesis")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """One line for each reason to skip, instead of one for each skipped place."""
+    reasons: Counter[str] = Counter()
+    for report in terminalreporter.stats.get("skipped", []):
+        reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
+        reasons[reason.removeprefix("Skipped: ")] += 1
+    for reason, number in reasons.most_common():
+        terminalreporter.write_line(f"skipped {number}: {reason}")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -74,9 +74,10 @@ class Routing:
         return np.ascontiguousarray(random.permuted(chosen, axis=1), dtype=np.int64)
 
     def topk_weights(self, rank: int) -> npt.NDArray[np.float32]:
-        """``[T, K]``, between 1/8 and 1, of no short binary fraction: sums depend on their order."""
-        shape = (self.num_tokens[rank], self.num_topk)
-        return self.random(rank, salt=2).uniform(0.125, 1.0, shape).astype(np.float32)
+        """``[T, K]``, between 1/8 and 1. Half of them are one of three numbers, so that weighted terms can cancel."""
+        random, shape = self.random(rank, salt=2), (self.num_tokens[rank], self.num_topk)
+        repeated, free = random.choice([0.3, 0.55, 0.7], shape), random.uniform(0.125, 1.0, shape)
+        return np.where(random.random(shape) < 0.5, repeated, free).astype(np.float32)
 
     def all_topk_idx(self) -> list[npt.NDArray[np.int64]]:
         return [self.topk_idx(rank) for rank in range(self.num_ranks)]

@@ -30,9 +30,9 @@ def routings(
     max_local_experts: int = 4,
     max_topk: int = 8,
 ) -> Routing:
-    """A routing for ``num_ranks`` ranks; every fourth or so has ranks without tokens, every fourth goes to one rank."""
+    """A routing for ``num_ranks`` ranks; every third or so has ranks without tokens, every fourth goes to one rank."""
     tokens = st.integers(1, max_tokens)
-    if draw(st.integers(0, 3)) == 3:
+    if draw(st.integers(0, 2)) == 2:
         tokens = st.integers(0, 2).map(lambda n: n and max_tokens // n)
     return Routing(
         num_tokens=tuple(draw(st.lists(tokens, min_size=num_ranks, max_size=num_ranks))),
@@ -79,7 +79,7 @@ def low_latency_cases(draw: st.DrawFn, /, *, num_ranks: int, **limits: Any) -> t
     cast = draw(st.sampled_from(CASTS))
     case = Case(
         routing=draw(routings(num_ranks=num_ranks, **limits)),
-        hidden=512 if cast == "ue8m0" else 128 * draw(st.integers(1, 3)),
+        hidden={"bf16": 8, "ue8m0": 512}.get(cast, 128) * draw(st.integers(1, 1 if cast == "ue8m0" else 3)),
     )
     options = LowLatencyOptions(
         cast=cast,

@@ -193,6 +193,21 @@ def call_with_a_killed_rank(context: RankContext, setup: Setup, case: Case, mode
     return outcome
 
 
+def reset_after_a_fault(context: RankContext, setup: Setup, case: Case, absent: int) -> list[Outcome]:
+    """A call times out; then all ranks, the absent one too, reset the buffer and use it if that is possible."""
+    buffer = setup.buffer(context, timeout_s=DEADLINE_S)
+    modes_round_trip(buffer, case, context, ("normal",))
+    if context.rank != absent:
+        outcome_of(Calls(buffer=buffer, case=case, context=context).dispatch)
+    else:
+        time.sleep(DEADLINE_S + 1.0)
+    outcomes = [outcome_of(buffer.reset)]
+    if not outcomes[0].error:
+        modes_round_trip(buffer, case, context, ("normal",))
+    buffer.destroy()
+    return outcomes
+
+
 def aborted_wait(context: RankContext, setup: Setup, case: Case, mode: Mode) -> Outcome | None:
     """Rank 0 waits for peers that do not come, and another of its threads aborts the wait."""
     buffer = setup.buffer(context, low_latency=mode == "low_latency", timeout_s=30.0)
@@ -282,6 +297,15 @@ class ErrorConformance(Conformance):
             assert 0.8 * DEADLINE_S < first.seconds < 3 * DEADLINE_S, f"rank {rank} waited {first.seconds:.1f} s"
             assert second.error == BufferStateError.__name__, f"rank {rank}, the call after a time-out: {second}"
             assert second.seconds < DEADLINE_S
+
+    @at_least(2)
+    def test_reset_restores_the_buffer_or_says_that_it_cannot(self, setup: Setup, num_ranks: int) -> None:
+        if "normal" not in self.modes:
+            pytest.skip(f"backend {self.backend!r} does not serve normal mode")
+        case, absent = self.case(num_ranks), num_ranks - 1
+        outcomes = self.alone(reset_after_a_fault, setup, case, absent, num_ranks=num_ranks)
+        errors = {outcome.error for (outcome,) in outcomes}
+        assert errors in ({""}, {BufferStateError.__name__}), f"ranks differ or fail otherwise: {outcomes}"
 
     @at_least(2)
     @pytest.mark.parametrize("mode", ["normal", "low_latency"])

@@ -256,6 +256,14 @@ class LowLatencyConformance(Conformance):
         options = LowLatencyOptions(cast=cast, completion=completion, num_spare_tokens=2)
         run(round_trip, _case(num_ranks, setup, hidden=512), options, num_ranks=num_ranks)
 
+    @pytest.mark.parametrize("zero_copy", [False, True], ids=["copied", "zero-copy"])
+    @pytest.mark.parametrize("hidden", [8, 24, 1000])
+    def test_bf16_rows_of_any_multiple_of_16_bytes(
+        self, run: Run, setup: Setup, num_ranks: int, hidden: int, zero_copy: bool
+    ) -> None:
+        options = LowLatencyOptions(zero_copy=zero_copy)
+        run(round_trip, _case(num_ranks, setup, hidden=hidden), options, num_ranks=num_ranks)
+
     @pytest.mark.parametrize("ll_reduce", ["rank", "expert"])
     @pytest.mark.parametrize("num_topk", [1, 8, 32])
     def test_sums_follow_the_chosen_tree(

@@ -12,8 +12,9 @@ DEEPEP_HOST_DEVICE constexpr int rank_of_expert(int64_t expert, int64_t num_expe
 
 // Expert as its rank numbers it, or -1 when it lives elsewhere.
 DEEPEP_HOST_DEVICE constexpr int64_t localise_expert(int64_t expert, int rank, int64_t num_local_experts) {
+    if (expert < 0) return -1;  // first, because a garbage index far below zero would overflow the difference
     const int64_t local = expert - static_cast<int64_t>(rank) * num_local_experts;
-    return expert >= 0 && local >= 0 && local < num_local_experts ? local : -1;
+    return local >= 0 && local < num_local_experts ? local : -1;
 }
 
 // A row of num_row_bytes cut into equal parts (the last may be shorter) of at most max_part_bytes, each a multiple of 16 bytes.
