@@ -165,12 +165,14 @@ def test_launcher_variables_are_recognised(monkeypatch):
 
 
 PROGRAM = """
+import sys
 import torch
 from deep_ep.launch import join_external
 context = join_external("cpu")
 value = torch.tensor([context.rank])
 torch.distributed.all_reduce(value, group=context.group)
-print(context.rank, context.num_ranks, int(value), context.device, flush=True)
+with open(f"{sys.argv[1]}/rank{context.rank}", "w") as file:
+    print(context.rank, context.num_ranks, int(value), context.device, file=file)
 torch.distributed.destroy_process_group()
 """
 
@@ -178,7 +180,8 @@ torch.distributed.destroy_process_group()
 def test_program_under_torchrun_joins_its_launchers_group(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(PROGRAM)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", str(program)]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*launcher, str(program), str(tmp_path)]
     finished = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert finished.returncode == 0, finished.stderr
-    assert sorted(finished.stdout.splitlines()) == ["0 2 1 cpu", "1 2 1 cpu"]
+    assert [(tmp_path / f"rank{rank}").read_text() for rank in range(2)] == ["0 2 1 cpu\n", "1 2 1 cpu\n"]

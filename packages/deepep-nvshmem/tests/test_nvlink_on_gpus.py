@@ -40,7 +40,7 @@ def _routing(random: np.random.Generator, num_tokens: int, num_topk: int, num_ex
 
 
 def _bits(tensor: torch.Tensor | None) -> torch.Tensor | None:
-    return None if tensor is None else tensor.contiguous().view(torch.uint8)
+    return None if tensor is None else tensor.contiguous().view(-1).view(torch.uint8)
 
 
 def _same(name: str, ours: torch.Tensor | None, theirs: torch.Tensor | None, case: object) -> None:
@@ -186,7 +186,7 @@ def soak(context: RankContext, num_iterations: int) -> tuple[int, int]:
     hashes = torch.zeros(num_iterations, dtype=torch.int64, device=device)
     for i in range(num_iterations):
         with buffer.symmetric_memory():
-            poison = torch.full((64 << 20) // 2, float("nan"), dtype=torch.bfloat16, device=device)
+            poison = torch.full(((64 << 20) // 2,), float("nan"), dtype=torch.bfloat16, device=device)
         del poison
         recv, _, recv_weights, _, handle, _ = buffer.dispatch(
             x, topk_idx=topk_idx, topk_weights=weights, **_layout(buffer, topk_idx, num_experts)
@@ -357,11 +357,12 @@ def many_buffers(context: RankContext, num_cycles: int) -> list[int]:
                 x, topk_idx=idx, topk_weights=idx.float(), **_layout(buffer, idx, context.num_ranks)
             )[0]
             torch.cuda.synchronize()
-            del recv
         for buffer in reversed(buffers):
             buffer.destroy()
-        del buffers
+        assert bool((recv == 1).all()), "a tensor that outlives its buffer keeps its memory"
+        del recv, buffers
         dist.barrier(context.group)
+        torch.cuda.empty_cache()  # what torch caches for each stream it ever used is no leak of ours
         free.append(torch.cuda.mem_get_info()[0])
     return free
 

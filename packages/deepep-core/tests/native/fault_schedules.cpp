@@ -63,6 +63,7 @@ struct Poster {
 struct Queue {
     rdma::QueuePair pair;
     rdma::Be32 key;
+    uint64_t base;  // of the peer's memory
     uint64_t first_index;
     std::map<uint16_t, Syndrome> bad_requests;
 };
@@ -117,8 +118,8 @@ struct World {
         Queue& queue = queues[q];
         queue.first_index = random.below(2) != 0 ? 0 : 65536 - random.below(40);
         queue.pair = nic->create_queue_pair(static_cast<int32_t>(q), depth, memory[q], &states[q], queue.first_index);
-        const uint64_t base = kRemoteBase + q * 0x100000;
-        queue.key = nic->register_memory(static_cast<int32_t>(q), base, bytes(targets[q]), sizeof(targets[q]));
+        queue.base = kRemoteBase + q * 0x100000;
+        queue.key = nic->register_memory(static_cast<int32_t>(q), queue.base, bytes(targets[q]), sizeof(targets[q]));
         const uint32_t num_here = 1 + random.below(kMaxPosters);
         for (uint32_t p = 0; p < num_here; ++p) {
             Poster& poster = posters[num_posters];
@@ -126,7 +127,7 @@ struct World {
             poster.pair = queue.pair;
             poster.source = &sources[num_posters];
             poster.target = &targets[q][p];
-            poster.remote = base + p * sizeof(Rows);
+            poster.remote = queue.base + p * sizeof(Rows);
             poster.uses_atomic = random.below(2) != 0;
             poster.has_bad_request = is_faulty && random.below(24) == 0;
             poster.num_messages = 1 + random.below(kMaxMessages);
@@ -143,17 +144,23 @@ struct World {
         rdma::WqeBlock* slot = poster.pair.slot(index);
         const rdma::WqePlace place = poster.pair.place(index, false);
         Syndrome expected = Syndrome::kRemoteAccess;
-        const uint32_t kind = random.below(7);
-        if (kind == 0) rdma::write_rdma_write(slot, place, local, {remote.address, rdma::Be32::of(queue.key.value() + 1)}, 8);
-        if (kind == 1) rdma::write_rdma_write(slot, place, local, {kRemoteBase + 0x100000ull * poster.pair.peer - 8, queue.key}, 16);
-        if (kind == 2) {  // the key of another peer's memory, or of our own
-            const Queue& other = queues[(poster.pair.peer + 1) % num_pairs];
-            rdma::write_inline_word(slot, place, {remote.address, num_pairs > 1 ? other.key : source_key}, 1);
+        const uint32_t kind = random.below(8);
+        if (kind >= 4 && kind < 7) expected = Syndrome::kLocalProtection;
+        if (kind == 7) expected = Syndrome::kRemoteInvalidRequest;
+        switch (kind) {
+            case 0: rdma::write_rdma_write(slot, place, local, {remote.address, rdma::Be32::of(queue.key.value() + 1)}, 8); break;
+            case 1: rdma::write_rdma_write(slot, place, local, {queue.base - 8, queue.key}, 16); break;
+            case 2: rdma::write_rdma_write(slot, place, local, {queue.base + sizeof(targets[0]) - 8, queue.key}, 9); break;
+            case 3: {  // memory of another peer, or our own
+                const Queue& other = queues[(poster.pair.peer + 1) % num_pairs];
+                rdma::write_inline_word(slot, place, num_pairs > 1 ? rdma::Location{other.base, other.key} : result, 1);
+                break;
+            }
+            case 4: rdma::write_rdma_write(slot, place, remote, remote, 8); break;  // the peer's memory as a source
+            case 5: rdma::write_rdma_write(slot, place, local, remote, sizeof(sources) + 1); break;
+            case 6: rdma::write_atomic_add(slot, place, local, remote, 1); break;  // a result into memory that is read-only
+            case 7: rdma::write_atomic_add(slot, place, result, {remote.address + 4, remote.key}, 1); break;
         }
-        if (kind == 3) rdma::write_rdma_write(slot, place, {local.address, queue.key}, remote, 8), expected = Syndrome::kLocalProtection;
-        if (kind == 4) rdma::write_rdma_write(slot, place, local, remote, sizeof(sources) + 1), expected = Syndrome::kLocalProtection;
-        if (kind == 5) rdma::write_atomic_add(slot, place, result, {remote.address + 4, remote.key}, 1), expected = Syndrome::kRemoteInvalidRequest;
-        if (kind == 6) rdma::write_atomic_add(slot, place, local, remote, 1), expected = Syndrome::kLocalProtection;  // read-only result
         queue.bad_requests[static_cast<uint16_t>(index)] = expected;
         ++tally["bad_requests"];
     }

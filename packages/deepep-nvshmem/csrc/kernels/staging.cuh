@@ -185,7 +185,12 @@ __device__ void drain_staged(const Domain& domain, const WaitContext& context, c
             if (has_row) {
                 is_full = wait_exact(context, full_words + slot, full, Phase::kSlotFull, src_rank);
             }
-            if (!__all_sync(~0u, is_full)) return;
+            if (!__all_sync(~0u, is_full)) {
+#if DEEPEP_HAS_BULK
+                if constexpr (kBulk) ptx::bulk_wait<0>();  // no copy may outlive the block's shared memory
+#endif
+                return;
+            }
 #if DEEPEP_HAS_BULK
             if constexpr (kBulk) {
                 uint8_t* stage = lanes.stages + lane * lanes.num_lane_bytes;

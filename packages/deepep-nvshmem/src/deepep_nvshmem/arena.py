@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -41,7 +42,8 @@ class SymmetricArena:
         self._peers: list[Any] = []
         self._arena: Any = None
         self._heap: Any = None
-        self._pool: torch.cuda.MemPool | None = None
+        self._is_closed = False
+        self._thread = threading.local()
         self._allocator: Any = None
         channel, phase = facts.channel, "construction"
         num_window_bytes = _whole_granules(num_window_bytes)
@@ -78,7 +80,6 @@ class SymmetricArena:
         self._allocator = torch.cuda.memory.CUDAPluggableAllocator(
             extension.__file__, "deepep_heap_alloc", "deepep_heap_free"
         )
-        self._pool = torch.cuda.MemPool(self._allocator.allocator())
 
     def _agree(self, channel: Any, refusal: str, timeout_s: float) -> None:
         """One rank's failure is every rank's, in the same words."""
@@ -97,14 +98,25 @@ class SymmetricArena:
 
     @contextlib.contextmanager
     def allocate_here(self) -> Iterator[None]:
-        """CUDA tensors that this thread allocates inside live in the heap; a full heap is an out-of-memory error."""
-        if self._pool is None:
+        """CUDA tensors that this thread allocates inside live in the heap; a full heap is an out-of-memory error.
+
+        Brackets nest. Each thread has a pool of its own over the heap, because torch refuses to record into one pool
+        from two places at once.
+        """
+        if self._is_closed:
             raise BufferStateError("this buffer was destroyed, and its symmetric memory with it")
+        if getattr(self._thread, "is_inside", False):
+            yield
+            return
+        if not hasattr(self._thread, "pool"):
+            self._thread.pool = torch.cuda.MemPool(self._allocator.allocator())
         previous = self._extension.set_current_heap(self._heap)
+        self._thread.is_inside = True
         try:
-            with torch.cuda.use_mem_pool(self._pool):
+            with torch.cuda.use_mem_pool(self._thread.pool):
                 yield
         finally:
+            self._thread.is_inside = False
             self._extension.set_current_heap(previous)
 
     def close(self) -> None:
@@ -112,7 +124,8 @@ class SymmetricArena:
         for peer in self._peers:
             peer.close()
         self._peers.clear()
-        self._pool = None  # returns what torch only caches
+        self._is_closed = True
+        self._thread = threading.local()  # drops the pools, which returns what torch only caches
         _retired.append(self)
         _close_retired()
 

@@ -35,6 +35,7 @@ from .backend import load_extension
 MAX_LOCAL_EXPERTS = 1024
 NUM_STAGING_BYTES = 64 << 20
 _REFUSED = 1
+_HEADER_ERRORS = ("mismatch", "bad_count")  # every rank sees these alike, and nothing has moved
 _OFFSET, _SECONDS = struct.Struct("<q"), struct.Struct("<d")
 # What the push limit is measured with: large enough that launches and tails do not count, small enough for the heap.
 _LIMIT_ROWS, _LIMIT_ROW_BYTES, _LIMIT_LAUNCHES, _LIMIT_REPETITIONS = 4096, 7168, 10, 5
@@ -428,20 +429,19 @@ class NvlinkNormal(NormalBackend):
         # The kernel has its own deadline and reports who is missing; the host waits a little longer to hear it.
         counts = runtime.wait_counts(ticket, self._timeout_s * 1.25 + 5)
         record = runtime.error()
-        if counts is not None and (counts.mismatch_mask or counts.bad_count_mask):
+        if record is not None and (record.op != "notify" or record.kind not in _HEADER_ERRORS):
+            raise self._failure(record)
+        if counts is None:
+            self._broken = "no counts came"
+            raise PeerTimeoutError(
+                f"dispatch: rank {self._facts.rank} heard nothing of its own kernel within the deadline. The GPU may "
+                "be busy with other work for longer than that; raise DEEPEP_TIMEOUT_S.",
+                phase="counts",
+                waited_s=self._timeout_s,
+            )
+        if record is not None or counts.mismatch_mask or counts.bad_count_mask:
             runtime.clear_error()
             self._explain(header)
-        if counts is None or record is not None:
-            if record is None:
-                self._broken = "no counts came"
-                raise PeerTimeoutError(
-                    f"dispatch: rank {self._facts.rank} heard nothing of its own kernel within the deadline. "
-                    "The GPU may be "
-                    "busy with other work for longer than that; raise DEEPEP_TIMEOUT_S.",
-                    phase="counts",
-                    waited_s=self._timeout_s,
-                )
-            raise self._failure(record)
         return counts
 
     def _explain(self, header: CallHeader) -> None:

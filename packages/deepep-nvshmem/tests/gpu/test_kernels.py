@@ -1,10 +1,14 @@
-"""The kernels against plain tensor arithmetic, on as many GPUs as a case has ranks (or on one, with DEEPEP_TEST_ONE_GPU=1)."""
+"""The kernels against plain tensor arithmetic, on as many GPUs as a case has ranks.
+
+With DEEPEP_TEST_ONE_GPU=1 all ranks share one GPU, side by side on streams of their own.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -41,8 +45,10 @@ def first_difference(name: str, rank: int, got: torch.Tensor, want: torch.Tensor
     got_bytes, want_bytes = got.contiguous().view(torch.uint8), want.contiguous().view(torch.uint8)
     if not torch.equal(got_bytes, want_bytes):
         at = (got_bytes != want_bytes).nonzero()
+        first = tuple(at[0])
         raise AssertionError(
-            f"{name} on rank {rank}: {len(at)} bytes differ, first at {at[0].tolist()}: got {got_bytes[tuple(at[0])]}, expected {want_bytes[tuple(at[0])]}"
+            f"{name} on rank {rank}: {len(at)} bytes differ, first at {at[0].tolist()}: "
+            f"got {got_bytes[first]}, expected {want_bytes[first]}"
         )
 
 
@@ -72,6 +78,12 @@ def check_layout(case: Case, ranks: list[Rank]) -> None:
         assert r.bad.item() == ((idx != -1) & ~good).sum()
 
 
+def gather_rows(ranks: list[Rank], pick: list[torch.Tensor], device: torch.device, name: str) -> torch.Tensor:
+    """The picked rows of one input of every rank, source after source."""
+    found = [getattr(s, name)[p.to(s.x.device)].to(device) for s, p in zip(ranks, pick, strict=True)]
+    return torch.cat(found)
+
+
 def check_dispatch(case: Case, ranks: list[Rank], *, cached: bool = False) -> list[int]:
     """Every output against gathers in source order; returns rows per rank."""
     goes = routes(case, ranks)
@@ -86,9 +98,7 @@ def check_dispatch(case: Case, ranks: list[Rank], *, cached: bool = False) -> li
         rows = int(prefix[-1, rank])
         device = r.x.device
         pick = [g[:, rank].nonzero().flatten() for g in goes]
-        gather = lambda name: torch.cat(
-            [getattr(s, name)[p.to(s.x.device)].to(device) for s, p in zip(ranks, pick, strict=True)]
-        )  # noqa: E731
+        gather = partial(gather_rows, ranks, pick, device)
         first_difference("recv_x", rank, r.outputs["x"][:rows], gather("x"))
         if case.num_scales:
             first_difference("recv_scales", rank, r.outputs["scales"][:rows], gather("scales"))
@@ -150,7 +160,7 @@ def run(case: Case, staging_bytes: int = 64 << 20, symmetric: bool = False) -> N
         assert c.num_recv_tokens == rows[rank]
         assert c.num_recv_tokens_per_expert == ranks[rank].expert_counts.tolist()
     # a second, cached dispatch of other data into poisoned outputs
-    for rank, r in enumerate(ranks):
+    for r in ranks:
         r.x.copy_(r.x.flip(0))
         if r.scales is not None:
             r.scales.copy_(r.scales.flip(0))

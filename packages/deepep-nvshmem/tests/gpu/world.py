@@ -1,6 +1,7 @@
-"""Several ranks in one process, one GPU each (or all on one), over plain device memory: what the kernels need and nothing of the backend around them.
+"""Several ranks in one process, one GPU each (or all on one): what the kernels need and nothing of the backend around.
 
-Symbols: ``N`` ranks, ``T`` tokens of a rank, ``K`` choices, ``H`` bytes of a row, ``E`` experts, ``S`` scales, ``R`` rows received.
+Symbols: ``N`` ranks, ``T`` tokens of a rank, ``K`` choices, ``H`` bytes of a row, ``E`` experts, ``S`` scales, ``R``
+rows received.
 """
 
 from __future__ import annotations
@@ -73,8 +74,10 @@ class RawMemory:
 
 
 class World:
-    """``N`` runtimes whose arenas are ordinary tensors (peer access comes from torch's first copy between two devices), or symmetric memory
-    that was exported and imported as file descriptors."""
+    """``N`` runtimes, whose arenas are ordinary tensors or symmetric memory exported and imported as file descriptors.
+
+    Peer access to ordinary tensors comes from torch's first copy between two devices.
+    """
 
     def __init__(
         self,
@@ -252,22 +255,37 @@ def make_rank(world: World, case: Case, rank: int) -> Rank:
 def layout(world: World, case: Case, ranks: list[Rank]) -> None:
     for runtime, stream, r in world.members(ranks):
         runtime.layout(
-            topk_idx=r.topk_idx.data_ptr(), topk_idx_bits=case.index_bits, num_tokens=r.x.shape[0], num_topk=case.num_topk, num_experts=case.num_experts,
-            num_tokens_per_rank=r.num_tokens_per_rank.data_ptr(), num_tokens_per_expert=r.num_tokens_per_expert.data_ptr(),
-            is_token_in_rank=r.is_token_in_rank.data_ptr(), num_bad_indices=r.bad.data_ptr(), stream=stream.cuda_stream,
-        )  # fmt: skip
+            topk_idx=r.topk_idx.data_ptr(),
+            topk_idx_bits=case.index_bits,
+            num_tokens=r.x.shape[0],
+            num_topk=case.num_topk,
+            num_experts=case.num_experts,
+            num_tokens_per_rank=r.num_tokens_per_rank.data_ptr(),
+            num_tokens_per_expert=r.num_tokens_per_expert.data_ptr(),
+            is_token_in_rank=r.is_token_in_rank.data_ptr(),
+            num_bad_indices=r.bad.data_ptr(),
+            stream=stream.cuda_stream,
+        )
 
 
 def notify(world: World, case: Case, ranks: list[Rank], *, ticket: bool = True) -> None:
     world.ticket += 1
     for runtime, stream, r in world.members(ranks):
         runtime.notify(
-            fields=[case.hidden_bytes, case.num_topk], num_tokens=r.x.shape[0], num_experts=case.num_experts, expert_alignment=case.alignment,
-            num_tokens_per_rank=r.num_tokens_per_rank.data_ptr(), num_tokens_per_expert=r.num_tokens_per_expert.data_ptr(),
-            is_token_in_rank=r.is_token_in_rank.data_ptr(), rank_prefix=r.rank_prefix.data_ptr(), send_head=r.send_head.data_ptr(),
-            recv_tokens_per_expert=r.expert_counts.data_ptr(), num_bad_indices=r.bad.data_ptr(), ticket=world.ticket if ticket else 0,
+            fields=[case.hidden_bytes, case.num_topk],
+            num_tokens=r.x.shape[0],
+            num_experts=case.num_experts,
+            expert_alignment=case.alignment,
+            num_tokens_per_rank=r.num_tokens_per_rank.data_ptr(),
+            num_tokens_per_expert=r.num_tokens_per_expert.data_ptr(),
+            is_token_in_rank=r.is_token_in_rank.data_ptr(),
+            rank_prefix=r.rank_prefix.data_ptr(),
+            send_head=r.send_head.data_ptr(),
+            recv_tokens_per_expert=r.expert_counts.data_ptr(),
+            num_bad_indices=r.bad.data_ptr(),
+            ticket=world.ticket if ticket else 0,
             stream=stream.cuda_stream,
-        )  # fmt: skip
+        )
 
 
 def is_staged(case: Case, rank: int) -> bool:
@@ -294,16 +312,36 @@ def dispatch(
     how = []
     for runtime, stream, r in world.members(ranks):
         out = r.outputs
-        how.append(runtime.dispatch(
-            x=r.x.data_ptr(), num_row_bytes=case.hidden_bytes, scales=r.scales.data_ptr() if r.scales is not None else 0, num_scales=case.num_scales,
-            scales_stride_token=r.scales.stride(0) if r.scales is not None else 0, scales_stride_col=r.scales.stride(1) if r.scales is not None else 0,
-            topk_idx=0 if cached else r.topk_idx.data_ptr(), topk_idx_bits=case.index_bits, topk_weights=0 if cached else r.topk_weights.data_ptr(),
-            num_tokens=r.x.shape[0], num_topk=0 if cached else case.num_topk, num_experts=case.num_experts, rank_prefix=r.rank_prefix.data_ptr(),
-            send_head=r.send_head.data_ptr(), has_src_idx=not cached, recv_x=out["x"].data_ptr(),
-            recv_scales=out["scales"].data_ptr() if "scales" in out else 0, recv_topk_idx=0 if cached else out["topk_idx"].data_ptr(),
-            recv_topk_weights=0 if cached else out["topk_weights"].data_ptr(), recv_src_idx=0 if cached else out["src_idx"].data_ptr(),
-            capacity=out["x"].shape[0], fill_unused=fill, num_sms=case.num_sms, stream=stream.cuda_stream, use_bulk=case.use_bulk, **tuning,
-        ))  # fmt: skip
+        how.append(
+            runtime.dispatch(
+                x=r.x.data_ptr(),
+                num_row_bytes=case.hidden_bytes,
+                scales=r.scales.data_ptr() if r.scales is not None else 0,
+                num_scales=case.num_scales,
+                scales_stride_token=r.scales.stride(0) if r.scales is not None else 0,
+                scales_stride_col=r.scales.stride(1) if r.scales is not None else 0,
+                topk_idx=0 if cached else r.topk_idx.data_ptr(),
+                topk_idx_bits=case.index_bits,
+                topk_weights=0 if cached else r.topk_weights.data_ptr(),
+                num_tokens=r.x.shape[0],
+                num_topk=0 if cached else case.num_topk,
+                num_experts=case.num_experts,
+                rank_prefix=r.rank_prefix.data_ptr(),
+                send_head=r.send_head.data_ptr(),
+                has_src_idx=not cached,
+                recv_x=out["x"].data_ptr(),
+                recv_scales=out["scales"].data_ptr() if "scales" in out else 0,
+                recv_topk_idx=0 if cached else out["topk_idx"].data_ptr(),
+                recv_topk_weights=0 if cached else out["topk_weights"].data_ptr(),
+                recv_src_idx=0 if cached else out["src_idx"].data_ptr(),
+                capacity=out["x"].shape[0],
+                fill_unused=fill,
+                num_sms=case.num_sms,
+                stream=stream.cuda_stream,
+                use_bulk=case.use_bulk,
+                **tuning,
+            )
+        )
     return how
 
 
@@ -341,10 +379,24 @@ def combine(
     how = []
     for runtime, stream, r, b in world.members(ranks, backs):
         biases = [bias.data_ptr() for bias in b.biases] + [0, 0]
-        how.append(runtime.combine(
-            y=b.y.data_ptr(), num_recv_tokens=b.y.shape[0], num_row_bytes=case.hidden_bytes, topk_weights=b.weights.data_ptr() if weights else 0,
-            num_topk=case.num_topk if weights else 0, bias_0=biases[0], bias_1=biases[1], rank_prefix=r.rank_prefix.data_ptr(),
-            send_head=r.send_head.data_ptr(), num_tokens=r.x.shape[0], out=b.out.data_ptr(), out_topk_weights=b.out_weights.data_ptr(),
-            num_sms=case.num_sms, stream=stream.cuda_stream, use_bulk=case.use_bulk, **tuning,
-        ))  # fmt: skip
+        how.append(
+            runtime.combine(
+                y=b.y.data_ptr(),
+                num_recv_tokens=b.y.shape[0],
+                num_row_bytes=case.hidden_bytes,
+                topk_weights=b.weights.data_ptr() if weights else 0,
+                num_topk=case.num_topk if weights else 0,
+                bias_0=biases[0],
+                bias_1=biases[1],
+                rank_prefix=r.rank_prefix.data_ptr(),
+                send_head=r.send_head.data_ptr(),
+                num_tokens=r.x.shape[0],
+                out=b.out.data_ptr(),
+                out_topk_weights=b.out_weights.data_ptr(),
+                num_sms=case.num_sms,
+                stream=stream.cuda_stream,
+                use_bulk=case.use_bulk,
+                **tuning,
+            )
+        )
     return how
