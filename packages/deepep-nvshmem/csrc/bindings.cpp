@@ -170,7 +170,8 @@ void bind_runtime(py::module_& m) {
              [](Runtime& self, uint64_t x, int64_t num_row_bytes, uint64_t scales, int num_scales, int64_t scales_stride_token, int64_t scales_stride_col,
                 uint64_t topk_idx, int topk_idx_bits, uint64_t topk_weights, int64_t num_tokens, int num_topk, int num_experts, uint64_t rank_prefix,
                 uint64_t send_head, std::optional<bool> has_src_idx, uint64_t recv_x, uint64_t recv_scales, uint64_t recv_topk_idx, uint64_t recv_topk_weights,
-                uint64_t recv_src_idx, int64_t capacity, bool fill_unused, int num_sms, uint64_t stream, bool use_bulk, int num_warps, int num_stages, int num_side_warps) {
+                uint64_t recv_src_idx, int64_t capacity, bool fill_unused, int num_sms, uint64_t stream, bool use_bulk, int num_warps, int num_stages,
+                int num_side_warps) {
                  DispatchArgs args{};
                  args.x = pointer<uint8_t>(x);
                  args.scales = pointer<uint32_t>(scales);
@@ -196,7 +197,8 @@ void bind_runtime(py::module_& m) {
              },
              py::kw_only(), "x"_a, "num_row_bytes"_a, "scales"_a, "num_scales"_a, "scales_stride_token"_a, "scales_stride_col"_a, "topk_idx"_a,
              "topk_idx_bits"_a, "topk_weights"_a, "num_tokens"_a, "num_topk"_a, "num_experts"_a, "rank_prefix"_a, "send_head"_a,
-             "has_src_idx"_a = py::none(), "recv_x"_a, "recv_scales"_a, "recv_topk_idx"_a, "recv_topk_weights"_a, "recv_src_idx"_a, "capacity"_a, "fill_unused"_a, "num_sms"_a,
+             "has_src_idx"_a = py::none(), "recv_x"_a, "recv_scales"_a, "recv_topk_idx"_a, "recv_topk_weights"_a,
+             "recv_src_idx"_a, "capacity"_a, "fill_unused"_a, "num_sms"_a,
              "stream"_a, "use_bulk"_a = true, "num_warps"_a = 0, "num_stages"_a = 0, "num_side_warps"_a = 0)
         .def("combine",
              [](Runtime& self, uint64_t y, int64_t num_recv_tokens, int64_t num_row_bytes, uint64_t topk_weights, int num_topk, uint64_t bias_0,
@@ -227,7 +229,8 @@ void bind_fabric(py::module_& m) {
         [](const std::string& direction, int rank, const std::vector<uint64_t>& arena_ptrs, uint64_t local, int64_t num_rows, int num_row_bytes, int num_sms,
            uint64_t stream) {
             const int num_ranks = static_cast<int>(arena_ptrs.size());
-            if (num_ranks < 2 || num_ranks > kMaxRanks) throw ArgumentError("fabric_limit: arena_ptrs has " + std::to_string(num_ranks) + " entries; 2 to 8 are accepted.");
+            if (num_ranks < 2 || num_ranks > kMaxRanks)
+                throw ArgumentError("fabric_limit: arena_ptrs has " + std::to_string(num_ranks) + " entries; 2 to 8 are accepted.");
             if (num_row_bytes < 16 || num_row_bytes > 16384 || num_row_bytes % 16 != 0)
                 throw ArgumentError("fabric_limit: num_row_bytes is " + std::to_string(num_row_bytes) + "; multiples of 16 up to 16384 are accepted.");
             FabricArgs args{};

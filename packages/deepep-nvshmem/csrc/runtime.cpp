@@ -143,7 +143,8 @@ int Runtime::num_local_experts(int num_experts) const {
 }
 
 void Runtime::set_arena_bytes(int64_t num_bytes) {
-    require(num_bytes >= domain_.num_arena_bytes, "an arena of " + std::to_string(domain_.num_arena_bytes) + " bytes cannot shrink to " + std::to_string(num_bytes) + ".");
+    require(num_bytes >= domain_.num_arena_bytes,
+            "an arena of " + std::to_string(domain_.num_arena_bytes) + " bytes cannot shrink to " + std::to_string(num_bytes) + ".");
     domain_.num_arena_bytes = num_bytes;
 }
 
@@ -234,7 +235,8 @@ std::optional<Counts> Runtime::wait_counts(uint32_t ticket, double timeout_s) co
 bool Runtime::dispatch(DispatchArgs args, int64_t num_row_bytes, int num_experts, const Tuning& tuning, cudaStream_t stream) {
     require_open();
     require_rows("dispatch", num_row_bytes, args.num_tokens, args.num_topk);
-    require(args.capacity >= 0 && args.capacity <= std::numeric_limits<int32_t>::max(), "dispatch: capacity is " + std::to_string(args.capacity) + " rows; accepted are 0 to 2^31 - 1.");
+    require(args.capacity >= 0 && args.capacity <= std::numeric_limits<int32_t>::max(),
+            "dispatch: capacity is " + std::to_string(args.capacity) + " rows; accepted are 0 to 2^31 - 1.");
     require(tuning.num_sms >= 1 && tuning.num_sms <= num_device_sms_,
             "dispatch: num_sms is " + std::to_string(tuning.num_sms) + "; this device takes 1 to " + std::to_string(num_device_sms_) + ".");
     require(is_aligned(args.x, 16) && is_aligned(args.recv_x, 16) && is_aligned(args.recv_scales, 16) && is_aligned(args.recv_topk_idx, 16) &&
@@ -296,7 +298,8 @@ bool Runtime::dispatch(DispatchArgs args, int64_t num_row_bytes, int num_experts
 bool Runtime::combine(CombineArgs args, int64_t num_row_bytes, const Tuning& tuning, cudaStream_t stream) {
     require_open();
     require_rows("combine", num_row_bytes, args.num_tokens, args.num_topk);
-    require(args.num_recv_tokens >= 0 && args.num_recv_tokens <= std::numeric_limits<int32_t>::max(), "combine: num_recv_tokens is " + std::to_string(args.num_recv_tokens) + ".");
+    require(args.num_recv_tokens >= 0 && args.num_recv_tokens <= std::numeric_limits<int32_t>::max(),
+            "combine: num_recv_tokens is " + std::to_string(args.num_recv_tokens) + ".");
     require(tuning.num_sms >= 1 && tuning.num_sms <= num_device_sms_,
             "combine: num_sms is " + std::to_string(tuning.num_sms) + "; this device takes 1 to " + std::to_string(num_device_sms_) + ".");
     require(is_aligned(args.y, 16) && is_aligned(args.topk_weights, 16) && is_aligned(args.out, 16) && is_aligned(args.bias_0, 16) && is_aligned(args.bias_1, 16),
@@ -317,7 +320,8 @@ bool Runtime::combine(CombineArgs args, int64_t num_row_bytes, const Tuning& tun
     args.num_lane_bytes = static_cast<int>(align_up(args.num_stage_row_bytes, 128));
     const int num_stage_bytes = config_.num_ranks * args.num_stage_row_bytes;
     // Staged, the two directions share shared memory: a wanted number of stages leaves the rest to the pushing warps.
-    const int num_push_budget = tuning.num_stages > 0 ? static_cast<int>(max_of(0, kSharedBudget - tuning.num_stages * static_cast<int64_t>(num_stage_bytes))) : kPushBudget;
+    const int64_t num_wanted_bytes = tuning.num_stages * static_cast<int64_t>(num_stage_bytes);
+    const int num_push_budget = tuning.num_stages > 0 ? static_cast<int>(max_of(0, kSharedBudget - num_wanted_bytes)) : kPushBudget;
     choose_staging_lanes("combine", args.use_bulk, args.num_push_warps, args.num_lane_bytes, num_push_budget, args.parts.num_parts + 1,
                          domain_.window.num_slots, args.num_staging_lanes);
     const int num_push_bytes = args.use_bulk ? args.num_push_warps * args.num_staging_lanes * args.num_lane_bytes : 0;

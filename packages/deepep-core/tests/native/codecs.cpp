@@ -75,7 +75,8 @@ void logfmt(const char* input, const Output& output) {
         const codec::LogScale scale = codec::encode_block(&x[begin], &codes[begin]);
         extremes.push_back(codec::float_to_bf16(scale.low));
         extremes.push_back(codec::float_to_bf16(scale.high));
-        const codec::LogScale received = codec::LogScale::of(codec::bf16_to_float(extremes[extremes.size() - 2]), codec::bf16_to_float(extremes.back()));
+        const codec::LogScale received =
+            codec::LogScale::of(codec::bf16_to_float(extremes[extremes.size() - 2]), codec::bf16_to_float(extremes.back()));
         for (int group = 0; group < kBlock; group += 16) {
             uint16_t sixteen[16];
             uint32_t words[5];
@@ -101,12 +102,19 @@ int main(int num_arguments, char** arguments) {
     const char* input = arguments[2];
     const Output output = {std::fopen(arguments[3], "wb")};
     CHECK(output.file != nullptr, "%s", arguments[3]);
-    if (name == "bf16_to_float") convert<float, uint16_t>(input, output, codec::bf16_to_float);
-    else if (name == "float_to_bf16") convert<uint16_t, float>(input, output, codec::float_to_bf16);
-    else if (name == "e4m3_to_float") convert<float, uint8_t>(input, output, codec::e4m3_to_float);
-    else if (name == "float_to_e4m3") convert<uint8_t, float>(input, output, codec::float_to_e4m3);
-    else if (name == "fp8" || name == "fp8_rounded") fp8(input, output, name == "fp8_rounded");
-    else if (name == "logfmt") logfmt(input, output);
-    else CHECK(false, "no codec %s", name.c_str());
+    if (name == "bf16_to_float")
+        convert<float, uint16_t>(input, output, codec::bf16_to_float);
+    else if (name == "float_to_bf16")
+        convert<uint16_t, float>(input, output, codec::float_to_bf16);
+    else if (name == "e4m3_to_float")
+        convert<float, uint8_t>(input, output, codec::e4m3_to_float);
+    else if (name == "float_to_e4m3")
+        convert<uint8_t, float>(input, output, codec::float_to_e4m3);
+    else if (name == "fp8" || name == "fp8_rounded")
+        fp8(input, output, name == "fp8_rounded");
+    else if (name == "logfmt")
+        logfmt(input, output);
+    else
+        CHECK(false, "no codec %s", name.c_str());
     CHECK(std::fclose(output.file) == 0, "close");
 }

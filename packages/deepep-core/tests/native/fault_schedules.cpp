@@ -180,16 +180,21 @@ struct World {
             if (what == num_writes) {
                 const rdma::Location signal = {poster.remote + offsetof(Rows, signal), key};
                 const rdma::Location result = {address(&atomic_results[&poster - posters]), result_key};
-                if (poster.uses_atomic) rdma::write_atomic_add(poster.pair.slot(index), place, result, signal, deepep::signal_word(1, 0));
-                else rdma::write_inline_word(poster.pair.slot(index), place, signal, deepep::signal_word(message + 1, num_writes));
+                if (poster.uses_atomic)
+                    rdma::write_atomic_add(poster.pair.slot(index), place, result, signal, deepep::signal_word(1, 0));
+                else
+                    rdma::write_inline_word(poster.pair.slot(index), place, signal, deepep::signal_word(message + 1, num_writes));
                 continue;
             }
             const size_t offset = (message * kMaxWrites + what) * kRowBytes;
             const rdma::Location remote = {poster.remote + offset, key};
             const uint8_t* row = poster.source->data[message][what];
-            if (is_bad && what == 0) write_bad(poster, index);
-            else if (row[0] % 4 == 0) rdma::write_inline(poster.pair.slot(index), place, remote, row, num_bytes(row));
-            else rdma::write_rdma_write(poster.pair.slot(index), place, {address(row), source_key}, remote, num_bytes(row));
+            if (is_bad && what == 0)
+                write_bad(poster, index);
+            else if (row[0] % 4 == 0)
+                rdma::write_inline(poster.pair.slot(index), place, remote, row, num_bytes(row));
+            else
+                rdma::write_rdma_write(poster.pair.slot(index), place, {address(row), source_key}, remote, num_bytes(row));
         }
     }
     static uint32_t num_bytes(const uint8_t* row) { return 1 + row[1] % rdma::kMaxInlineBytes; }
@@ -280,14 +285,14 @@ struct World {
             run(*next, random.below(2) != 0);
             CHECK(++num_turns < 100000, "the schedule does not end");
         }
-        for (int i = 0; i < 2000 && step_nic(); ++i) {
-        }
+        for (int i = 0; i < 2000 && step_nic(); ++i) {}
     }
 
     void judge() {
         for (uint32_t i = 0; i < num_posters; ++i) judge(posters[i]);
         const rdma::NicCounters counters = nic->counters();
-        for (int f = 0; f < rdma::kNumFaults; ++f) tally[std::string("fault: ") + rdma::name_of(static_cast<rdma::Fault>(f))] += counters.num_faults[f];
+        for (int f = 0; f < rdma::kNumFaults; ++f)
+            tally[std::string("fault: ") + rdma::name_of(static_cast<rdma::Fault>(f))] += counters.num_faults[f];
         tally["requests"] += counters.num_writes + counters.num_inline_writes + counters.num_atomics;
         tally["flushed"] += counters.num_flushed;
     }
@@ -300,21 +305,27 @@ struct World {
         const std::string text = rdma::describe(status);
         CHECK(status.queue_pair == number && status.peer == poster.pair.peer, "%s names another queue pair", text.c_str());
         if (fault.is_known) check_cause(queue, fault);
-        ++tally["outcome: " + std::string(status.ok() ? "ok" : status.outcome == Outcome::kTimeout ? "timeout" : rdma::name_of(status.syndrome))];
+        ++tally["outcome: " + std::string(status.ok()                           ? "ok"
+                                          : status.outcome == Outcome::kTimeout ? "timeout"
+                                                                                : rdma::name_of(status.syndrome))];
         const uint64_t end = poster.begin + (poster.message == 0 ? 0 : poster.num_writes[poster.num_messages - 1] + 1);
         const uint64_t failed_at = queue.first_index + static_cast<uint16_t>(fault.request - static_cast<uint16_t>(queue.first_index));
         switch (status.outcome) {
             case Outcome::kOk:
                 CHECK(!fault.is_known || end <= failed_at, "ended well although request %u failed", fault.request);
-                CHECK(poster.num_checked == poster.num_messages, "ended well with %u of %u messages", poster.num_checked, poster.num_messages);
+                CHECK(poster.num_checked == poster.num_messages, "ended well with %u of %u messages", poster.num_checked,
+                      poster.num_messages);
                 break;
             case Outcome::kTimeout:
-                CHECK(!fault.is_known && (nic->is_link_dead(number) || nic->is_last_completion_lost(number)), "%s, for no reason", text.c_str());
+                CHECK(!fault.is_known && (nic->is_link_dead(number) || nic->is_last_completion_lost(number)), "%s, for no reason",
+                      text.c_str());
                 break;
             case Outcome::kCompletionError:
                 CHECK(fault.is_known, "%s, but nothing failed", text.c_str());
-                CHECK(status.syndrome == fault.syndrome || status.syndrome == Syndrome::kFlushed, "%s, the NIC says %s", text.c_str(), rdma::name_of(fault.syndrome));
-                CHECK(status.syndrome == Syndrome::kFlushed || status.request == fault.request, "%s, the NIC says request %u", text.c_str(), fault.request);
+                CHECK(status.syndrome == fault.syndrome || status.syndrome == Syndrome::kFlushed, "%s, the NIC says %s", text.c_str(),
+                      rdma::name_of(fault.syndrome));
+                CHECK(status.syndrome == Syndrome::kFlushed || status.request == fault.request, "%s, the NIC says request %u", text.c_str(),
+                      fault.request);
                 break;
             default: CHECK(false, "%s", text.c_str());
         }
@@ -325,9 +336,12 @@ struct World {
         const auto bad = queue.bad_requests.find(fault.request);
         if (bad != queue.bad_requests.end() && fault.syndrome == bad->second) return;
         const rdma::NicCounters counters = nic->counters();
-        if (fault.syndrome == Syndrome::kRemoteOperation) CHECK(counters.num_faults[static_cast<int>(rdma::Fault::kErrorCompletion)] > 0, "no such fault");
-        else if (fault.syndrome == Syndrome::kRetriesExhausted) CHECK(nic->is_link_dead(queue.pair.number) && plan.dead_link_steps > 0, "the link is up");
-        else CHECK(false, "request %u failed with %s for no reason", fault.request, rdma::name_of(fault.syndrome));
+        if (fault.syndrome == Syndrome::kRemoteOperation)
+            CHECK(counters.num_faults[static_cast<int>(rdma::Fault::kErrorCompletion)] > 0, "no such fault");
+        else if (fault.syndrome == Syndrome::kRetriesExhausted)
+            CHECK(nic->is_link_dead(queue.pair.number) && plan.dead_link_steps > 0, "the link is up");
+        else
+            CHECK(false, "request %u failed with %s for no reason", fault.request, rdma::name_of(fault.syndrome));
     }
 };
 
@@ -351,6 +365,7 @@ int main(int num_arguments, char** arguments) {
         const std::string name = std::string("fault: ") + rdma::name_of(static_cast<rdma::Fault>(f));
         CHECK(tally[name] > 0, "%s never took effect", name.c_str());
     }
-    for (const char* name : {"bad_requests", "flushed", "gave_up_and_came_back", "outcome: timeout"}) CHECK(tally[name] > 0, "%s never happened", name);
+    for (const char* name : {"bad_requests", "flushed", "gave_up_and_came_back", "outcome: timeout"})
+        CHECK(tally[name] > 0, "%s never happened", name);
     for (const auto& [name, value] : tally) std::printf("%s\t%llu\n", name.c_str(), static_cast<unsigned long long>(value));
 }

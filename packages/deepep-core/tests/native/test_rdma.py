@@ -148,7 +148,9 @@ def test_a_missing_order_is_found(compile_program: Compile, mutant_of: type, nam
 
 
 @pytest.mark.parametrize(
-    ("sanitizers", "num_schedules"), [("", NUM_SCHEDULES), (MEMORY_CHECKS, NUM_SCHEDULES_CHECKED)], ids=["plain", "memory-checked"]
+    ("sanitizers", "num_schedules"),
+    [("", NUM_SCHEDULES), (MEMORY_CHECKS, NUM_SCHEDULES_CHECKED)],
+    ids=["plain", "memory-checked"],
 )
 def test_every_fault_ends_well_or_with_its_name(compile_program: Compile, sanitizers: str, num_schedules: int) -> None:
     printed = compile_program("fault_schedules.cpp", sanitizers=sanitizers).check(1, num_schedules)
@@ -183,6 +185,6 @@ def test_headers_compile_for_the_device(tmp_path: Path) -> None:
     result = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     assert result.returncode == 0, result.stderr[-4000:]
     text = assembly.read_text()
-    # The doorbell is one 8-byte store behind everything that this thread saw published; a request goes out in wide stores.
+    # The doorbell is one 8-byte store behind all that this thread saw published; a request goes out in wide stores.
     assert "st.release.sys.global.u64" in text
     assert "st.v4" in text

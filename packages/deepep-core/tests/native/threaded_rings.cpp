@@ -135,7 +135,8 @@ void all_messages_arrive(uint32_t num_messages) {
     for (std::thread& thread : threads) thread.join();
     setup.nic.stop();
     const rdma::NicCounters counters = setup.nic.counters();
-    CHECK(setup.states[0].completed == 2ull * kNumPosters * num_messages, "%llu completed", static_cast<unsigned long long>(setup.states[0].completed));
+    CHECK(setup.states[0].completed == 2ull * kNumPosters * num_messages, "%llu completed",
+          static_cast<unsigned long long>(setup.states[0].completed));
     CHECK(setup.states[0].completed > 65536, "no wrap of request numbers");
     CHECK(setup.num_full > 0, "the ring was never full");
     CHECK(counters.num_faults[0] > 0, "no delay");
@@ -164,8 +165,8 @@ void failure_ends_every_poster_of_its_queue_pair() {
                     return;
                 }
                 // A poster that was waiting for its receiver hears of it when the whole operation is given up.
-                CHECK(status.outcome == rdma::Outcome::kCompletionError || status.outcome == rdma::Outcome::kAborted, "poster %d: %s", poster,
-                      rdma::describe(status).c_str());
+                CHECK(status.outcome == rdma::Outcome::kCompletionError || status.outcome == rdma::Outcome::kAborted, "poster %d: %s",
+                      poster, rdma::describe(status).c_str());
                 CHECK(status.queue_pair == bad && status.peer == 1, "%s", rdma::describe(status).c_str());
                 if (status.outcome == rdma::Outcome::kCompletionError) ++setup.num_errors;
             });

@@ -62,8 +62,8 @@ uint32_t host_key(rdma::Be32 key) { return be32toh(key.bits); }
 // The same request by rdma-core's structures. Returns its size in bytes.
 size_t head(uint8_t* block, const Case& c, uint8_t opcode, uint8_t num_octowords) {
     auto* control = reinterpret_cast<mlx5_wqe_ctrl_seg*>(block);
-    mlx5dv_set_ctrl_seg(control, static_cast<uint16_t>(c.index), opcode, 0, c.queue_pair,
-                        c.is_signalled ? MLX5_WQE_CTRL_CQ_UPDATE : 0, num_octowords, 0, 0);
+    mlx5dv_set_ctrl_seg(control, static_cast<uint16_t>(c.index), opcode, 0, c.queue_pair, c.is_signalled ? MLX5_WQE_CTRL_CQ_UPDATE : 0,
+                        num_octowords, 0, 0);
     mlx5_wqe_raddr_seg remote = {htobe64(c.remote.address), htobe32(host_key(c.remote.key)), 0};
     memcpy(block + sizeof(*control), &remote, sizeof(remote));
     return num_octowords * 16u;
@@ -115,14 +115,18 @@ void check_requests(rdma::Random& random, uint64_t index) {
     for (uint8_t& byte : c.data) byte = static_cast<uint8_t>(random.next());
     const uint32_t num_inline = 1 + random.below(rdma::kMaxInlineBytes);
     const rdma::WqePlace place = {c.queue_pair, c.index, c.is_signalled};
-    compare("write", [&](uint8_t* block) { return expected_write(block, c); },
-            [&](rdma::WqeBlock* slot) { rdma::write_rdma_write(slot, place, c.local, c.remote, c.num_bytes); });
-    compare("inline write", [&](uint8_t* block) { return expected_inline(block, c, c.data, num_inline); },
-            [&](rdma::WqeBlock* slot) { rdma::write_inline(slot, place, c.remote, c.data, num_inline); });
-    compare("inline word", [&](uint8_t* block) { return expected_inline(block, c, &c.value, 8); },
-            [&](rdma::WqeBlock* slot) { rdma::write_inline_word(slot, place, c.remote, c.value); });
-    compare("atomic", [&](uint8_t* block) { return expected_atomic(block, c); },
-            [&](rdma::WqeBlock* slot) { rdma::write_atomic_add(slot, place, c.local, c.remote, c.value); });
+    compare(
+        "write", [&](uint8_t* block) { return expected_write(block, c); },
+        [&](rdma::WqeBlock* slot) { rdma::write_rdma_write(slot, place, c.local, c.remote, c.num_bytes); });
+    compare(
+        "inline write", [&](uint8_t* block) { return expected_inline(block, c, c.data, num_inline); },
+        [&](rdma::WqeBlock* slot) { rdma::write_inline(slot, place, c.remote, c.data, num_inline); });
+    compare(
+        "inline word", [&](uint8_t* block) { return expected_inline(block, c, &c.value, 8); },
+        [&](rdma::WqeBlock* slot) { rdma::write_inline_word(slot, place, c.remote, c.value); });
+    compare(
+        "atomic", [&](uint8_t* block) { return expected_atomic(block, c); },
+        [&](rdma::WqeBlock* slot) { rdma::write_atomic_add(slot, place, c.local, c.remote, c.value); });
 
     const uint32_t record = rdma::doorbell_record(index).bits;
     CHECK(record == htobe32(static_cast<uint16_t>(index)), "doorbell record is %08x", record);

@@ -56,7 +56,9 @@ __device__ __forceinline__ void sum_weights(const CombineArgs& args, const Hands
                 if (rank >= num_ranks || element >= num_elements) continue;
                 const Grant& grant = handshake.grants[rank];
                 const int64_t row = args.send_head[token * num_ranks + rank];
-                if (row >= 0 && row < grant.num_rows) values[u][rank] = reinterpret_cast<const float*>(grant.weights)[row * args.num_topk + element - token * args.num_topk];
+                if (row < 0 || row >= grant.num_rows) continue;
+                const int64_t k = element - token * args.num_topk;
+                values[u][rank] = reinterpret_cast<const float*>(grant.weights)[row * args.num_topk + k];
             }
         }
         // A rank that does not hold the token contributes +0, which changes no sum that starts from +0.

@@ -35,6 +35,7 @@ from .backend import load_extension
 MAX_LOCAL_EXPERTS = 1024
 NUM_STAGING_BYTES = 64 << 20
 _REFUSED = 1
+_HARMLESS_ERRORS = ("mismatch", "bad_count", "layout_mismatch", "overflow")  # nothing was written that should not be
 _HEADER_ERRORS = ("mismatch", "bad_count")  # every rank sees these alike, and nothing has moved
 _OFFSET, _SECONDS = struct.Struct("<q"), struct.Struct("<d")
 # What the push limit is measured with: large enough that launches and tails do not count, small enough for the heap.
@@ -259,6 +260,7 @@ class NvlinkNormal(NormalBackend):
             recv_topk_idx=_address(outputs.topk_idx),
             recv_topk_weights=_address(outputs.topk_weights),
             recv_src_idx=_address(outputs.src_idx),
+            has_src_idx=outputs.src_idx is not None,
             capacity=outputs.capacity,
             fill_unused=fill_unused,
             num_sms=self._num_sms(request),
@@ -393,7 +395,7 @@ class NvlinkNormal(NormalBackend):
         return self._runtime
 
     def _failure(self, record: Any) -> DeepEPError:
-        """The exception for what a kernel reported; the buffer is unusable until `reset`."""
+        """The exception for what a kernel reported; after a failed wait the buffer is unusable until `reset`."""
         elapsed_s = record.elapsed_ns / 1e9
         where = f"{record.op}: rank {record.rank}"
         what = (
@@ -422,7 +424,10 @@ class NvlinkNormal(NormalBackend):
                 ranks=[record.peer],
                 phase=record.phase,
             )
-        self._broken = str(error)
+        if record.kind in _HARMLESS_ERRORS:
+            self._runtime.clear_error()
+        else:
+            self._broken = str(error)
         return error
 
     def _wait_counts(self, runtime: Any, ticket: int, header: CallHeader) -> Any:

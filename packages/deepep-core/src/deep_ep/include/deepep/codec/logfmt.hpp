@@ -12,9 +12,9 @@ namespace deepep::codec {
 
 constexpr int kLogfmtBlock = 128;
 constexpr int kTopLevel = 511;
-constexpr int kNumCodeBits = 10;                                              // sign (bit 9), level (bits 0 to 8)
-constexpr int kNumCodeBytes = kLogfmtBlock * kNumCodeBits / 8;                // 160
-constexpr float kInverseSpan = 1.0f / 4294967296.0f;                          // 2^-32: levels reach that far below `high`
+constexpr int kNumCodeBits = 10;                                // sign (bit 9), level (bits 0 to 8)
+constexpr int kNumCodeBytes = kLogfmtBlock * kNumCodeBits / 8;  // 160
+constexpr float kInverseSpan = 1.0f / 4294967296.0f;            // 2^-32: levels reach that far below `high`
 
 // The scale of a block. Magnitudes of levels 1 and 511; values of the block or a power of two below one, so bf16 holds them.
 struct LogScale {

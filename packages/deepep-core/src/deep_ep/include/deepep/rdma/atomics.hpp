@@ -52,8 +52,7 @@ DEEPEP_HOST_DEVICE void max_release_gpu(uint64_t* address, uint64_t value) {
     ptx::max_release_gpu(address, value);
 #else
     uint64_t seen = __atomic_load_n(address, __ATOMIC_RELAXED);
-    while (seen < value && !__atomic_compare_exchange_n(address, &seen, value, true, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED)) {
-    }
+    while (seen < value && !__atomic_compare_exchange_n(address, &seen, value, true, __ATOMIC_ACQ_REL, __ATOMIC_RELAXED)) {}
 #endif
 }
 

@@ -11,25 +11,23 @@ namespace deepep::rdma {
 
 // Keys of one rank's symmetric memory, in chunks of equal size (the last may be shorter): some providers register memory piece by piece.
 struct MemoryKeys {
-    uint64_t base;       // address of the memory as its owner names it; requests carry it
+    uint64_t base;  // address of the memory as its owner names it; requests carry it
     int64_t num_bytes;
     int64_t chunk_bytes;
-    const Be32* keys;    // [ceil(num_bytes / chunk_bytes)]
+    const Be32* keys;  // [ceil(num_bytes / chunk_bytes)]
 
     // Where a request finds `offset`. The offset lies inside the memory.
     DEEPEP_HOST_DEVICE Location at(int64_t offset) const { return {base + static_cast<uint64_t>(offset), keys[offset / chunk_bytes]}; }
     // How many bytes from `offset` on one request may touch: a request has one key.
-    DEEPEP_HOST_DEVICE int64_t contiguous(int64_t offset) const {
-        return min_of(chunk_bytes - offset % chunk_bytes, num_bytes - offset);
-    }
+    DEEPEP_HOST_DEVICE int64_t contiguous(int64_t offset) const { return min_of(chunk_bytes - offset % chunk_bytes, num_bytes - offset); }
 };
 
 struct RdmaView {
     int32_t num_peers;
-    int32_t num_queue_pairs;      // for each peer
-    const QueuePair* queue_pairs; // [num_peers][num_queue_pairs]; the entry of a peer without queue pairs (this rank) has depth 0
+    int32_t num_queue_pairs;       // for each peer
+    const QueuePair* queue_pairs;  // [num_peers][num_queue_pairs]; the entry of a peer without queue pairs (this rank) has depth 0
     MemoryKeys local;
-    const MemoryKeys* remote;     // [num_peers]
+    const MemoryKeys* remote;  // [num_peers]
 
     // Requests that must land in order use the same one.
     DEEPEP_HOST_DEVICE const QueuePair& queue_pair(int peer, int lane) const {

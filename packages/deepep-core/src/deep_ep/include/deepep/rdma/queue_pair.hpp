@@ -43,12 +43,12 @@ struct QueueStatus {
 // Counters of requests since the queue pair was made, in the posters' own memory; the NIC never sees them. Each only grows.
 //   rung <= ready <= reserved <= completed + depth;  completed <= ready
 struct alignas(64) QueuePairState {
-    uint64_t reserved;   // slots given to posters
-    uint64_t ready;      // written and published, in order. Release by each poster; who acquires it may let the NIC read those slots
-    uint64_t rung;       // told to the NIC
-    uint64_t completed;  // reported by the NIC. Who acquires it may write those slots again
-    uint64_t failure;    // 0, or the first failure that somebody saw (pack_failure)
-    uint32_t is_ringing; // 1 while somebody holds the doorbell
+    uint64_t reserved;    // slots given to posters
+    uint64_t ready;       // written and published, in order. Release by each poster; who acquires it may let the NIC read those slots
+    uint64_t rung;        // told to the NIC
+    uint64_t completed;   // reported by the NIC. Who acquires it may write those slots again
+    uint64_t failure;     // 0, or the first failure that somebody saw (pack_failure)
+    uint32_t is_ringing;  // 1 while somebody holds the doorbell
     uint32_t num_doorbells;
     uint64_t padding[2];
 };
@@ -100,8 +100,12 @@ DEEPEP_HOST_DEVICE uint64_t pack_failure(Outcome outcome, Syndrome syndrome, uin
 // What is known of the queue pair's health, without looking at the NIC's memory.
 DEEPEP_HOST_DEVICE QueueStatus failure_of(const QueuePair& pair) {
     const uint64_t word = load_relaxed_gpu(&pair.state->failure);
-    return {static_cast<Outcome>(word & 0xff),  static_cast<Syndrome>(word >> 8 & 0xff), static_cast<uint8_t>(word >> 16),
-            static_cast<uint16_t>(word >> 32), pair.number,                             pair.peer};
+    return {static_cast<Outcome>(word & 0xff),
+            static_cast<Syndrome>(word >> 8 & 0xff),
+            static_cast<uint8_t>(word >> 16),
+            static_cast<uint16_t>(word >> 32),
+            pair.number,
+            pair.peer};
 }
 
 // Keeps the first failure; returns the one that was kept.
@@ -110,7 +114,8 @@ DEEPEP_HOST_DEVICE QueueStatus fail(const QueuePair& pair, uint64_t failure) {
     return failure_of(pair);
 }
 
-// One look at the completion entry. Advances `completed`; notices errors.
+// One look at the completion entry. Advances `completed`; notices errors. A poster that never waits for completions calls it once per
+// operation: nothing else would tell it that the queue pair has failed.
 DEEPEP_HOST_DEVICE QueueStatus poll(const QueuePair& pair) {
     const uint64_t failure = load_relaxed_gpu(&pair.state->failure);
     if (failure != 0) return failure_of(pair);
@@ -124,8 +129,8 @@ DEEPEP_HOST_DEVICE QueueStatus poll(const QueuePair& pair) {
     if (opcode != CompletionOpcode::kRequest) {
         // Behind an error there are only errors, "flushed" ones, so both words belong to errors even if the NIC writes in between.
         const uint32_t error = Be32{load_relaxed_sys(&pair.completion->error.bits)}.value();
-        return fail(pair, pack_failure(Outcome::kCompletionError, static_cast<Syndrome>(error & 0xff),
-                                       static_cast<uint8_t>(error >> 8), request));
+        return fail(
+            pair, pack_failure(Outcome::kCompletionError, static_cast<Syndrome>(error & 0xff), static_cast<uint8_t>(error >> 8), request));
     }
     const uint64_t now = completed + static_cast<uint16_t>(request + 1 - static_cast<uint16_t>(completed));
     if (now == completed) return pair.status(Outcome::kOk);
@@ -144,6 +149,8 @@ DEEPEP_HOST_DEVICE Outcome outcome_of(WaitVerdict verdict) {
 template <class Wait>
 DEEPEP_HOST_DEVICE QueueStatus reserve(const QueuePair& pair, uint32_t count, Wait& wait, uint64_t* begin) {
     if (count == 0 || count > pair.depth) return pair.status(Outcome::kBadBatch);
+    const QueueStatus health = failure_of(pair);
+    if (!health.ok()) return health;
     uint64_t reserved = load_relaxed_gpu(&pair.state->reserved);
     while (true) {
         // Acquire: what is written into the slots comes after the NIC has read what was there.

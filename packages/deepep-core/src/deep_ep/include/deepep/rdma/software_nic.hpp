@@ -1,6 +1,6 @@
 #pragma once
-// A NIC in software: it takes work requests out of queue pairs in host memory and executes them as an mlx5 NIC would, in order on each queue
-// pair, with checks of keys and bounds, completions, error completions, and faults on request. Host only.
+// A NIC in software: it takes work requests out of queue pairs in host memory and executes them as an mlx5 NIC would, in order on each
+// queue pair, with checks of keys and bounds, completions, error completions, and faults on request. Host only.
 //
 // step() executes at most one request, in an order that the seed decides: tests replay schedules with it, single-threaded. start() runs the
 // same steps on a thread, for posters on other threads or on a GPU (queue memory: pinned and mapped).
@@ -85,8 +85,14 @@ public:
         const std::lock_guard<std::mutex> lock(mutex_);
         const QueueMemory layout{depth};
         Queue queue;
-        queue.pair = {layout.requests(memory), layout.completion(memory), layout.record(memory), layout.doorbell(memory), state,
-                      kFirstNumber + static_cast<uint32_t>(queues_.size()), depth, peer};
+        queue.pair = {layout.requests(memory),
+                      layout.completion(memory),
+                      layout.record(memory),
+                      layout.doorbell(memory),
+                      state,
+                      kFirstNumber + static_cast<uint32_t>(queues_.size()),
+                      depth,
+                      peer};
         queue.completion = layout.completion(memory);
         queue.served = queue.rung = first_index;
         reset_memory(queue.pair, queue.completion, first_index);
@@ -169,12 +175,12 @@ private:
     struct Queue {
         QueuePair pair = {};
         CompletionEntry* completion = nullptr;
-        uint64_t served = 0;         // requests taken from the ring
-        uint64_t rung = 0;           // requests that the doorbell record covers
+        uint64_t served = 0;  // requests taken from the ring
+        uint64_t rung = 0;    // requests that the doorbell record covers
         uint64_t last_doorbell = 0;
         uint64_t waiting_since = 0;  // order in which queue pairs came to have work
         uint64_t delayed_until = 0;
-        uint64_t judged = ~0ull;     // request whose chance of delay and death has been drawn
+        uint64_t judged = ~0ull;  // request whose chance of delay and death has been drawn
         uint64_t dead_since = 0;
         bool is_link_dead = false;
         bool is_in_error = false;
@@ -277,8 +283,7 @@ private:
         const uint32_t size = (wqe.control.qpn_ds.value() & 0xff) * kOctowordBytes;
         const uint32_t head = wqe.control.opmod_index_opcode.value();
         const uint32_t expected_head = (static_cast<uint32_t>(queue.served) & kIndexMask) << 8 | (head & 0xff);
-        if (head != expected_head || wqe.control.qpn_ds.value() >> 8 != queue.pair.number || size < sizeof(WriteWqe) ||
-            size > sizeof(wqe))
+        if (head != expected_head || wqe.control.qpn_ds.value() >> 8 != queue.pair.number || size < sizeof(WriteWqe) || size > sizeof(wqe))
             return Syndrome::kLocalOperation;
         memcpy(&wqe, slot, size);
         *is_signalled = (wqe.control.flags.value() & kSignalled) != 0;
@@ -355,8 +360,7 @@ private:
     void write_completion(Queue& queue, uint64_t request, CompletionOpcode opcode) {
         const uint32_t head = queue.pair.requests[request & (queue.pair.depth - 1)].words[0];
         const uint32_t entry = static_cast<uint32_t>(request & kIndexMask) << 16 | static_cast<uint32_t>(opcode) << 4;
-        __atomic_store_n(&queue.completion->opcode_qpn.bits, Be32::of(Be32{head}.value() << 24 | queue.pair.number).bits,
-                         __ATOMIC_RELAXED);
+        __atomic_store_n(&queue.completion->opcode_qpn.bits, Be32::of(Be32{head}.value() << 24 | queue.pair.number).bits, __ATOMIC_RELAXED);
         __atomic_store_n(&queue.completion->counter_opcode.bits, Be32::of(entry).bits, __ATOMIC_RELEASE);
     }
 

@@ -1,5 +1,5 @@
 #pragma once
-// Work-queue and completion-queue entries of mlx5 NICs, byte for byte as the NIC reads and writes them, and the functions that fill them in.
+// Work-queue and completion-queue entries of mlx5 NICs, byte for byte as the NIC reads and writes them, and what fills them in.
 //
 // One work request is one block of 64 bytes, a sequence of segments of 16 bytes each (inline data: 4 bytes of length, then the bytes):
 //
@@ -15,9 +15,9 @@
 
 namespace deepep::rdma {
 
-constexpr uint32_t kWqeBlockBytes = 64;   // MLX5_SEND_WQE_BB
-constexpr uint32_t kOctowordBytes = 16;   // the unit of a work request's size
-constexpr uint32_t kMaxInlineBytes = 28;  // one block, less control and remote address (32 bytes) and the length (4)
+constexpr uint32_t kWqeBlockBytes = 64;          // MLX5_SEND_WQE_BB
+constexpr uint32_t kOctowordBytes = 16;          // the unit of a work request's size
+constexpr uint32_t kMaxInlineBytes = 28;         // one block, less control and remote address (32 bytes) and the length (4)
 constexpr uint32_t kMaxWriteBytes = 0x7fffffff;  // a length of 0 in a data segment means 2^31
 constexpr uint32_t kInlineFlag = 0x80000000u;    // MLX5_INLINE_SEG
 constexpr uint32_t kSignalled = 2 << 2;          // MLX5_WQE_CTRL_CQ_UPDATE: the NIC writes a completion for this request
@@ -25,7 +25,7 @@ constexpr uint32_t kIndexMask = 0xffff;          // request numbers are 16 bits 
 
 enum class Opcode : uint8_t { kRdmaWrite = 0x08, kAtomicFetchAdd = 0x12 };  // MLX5_OPCODE_*
 
-struct ControlSegment {  // mlx5_wqe_ctrl_seg
+struct ControlSegment {       // mlx5_wqe_ctrl_seg
     Be32 opmod_index_opcode;  // modifier << 24 | request number << 8 | opcode
     Be32 qpn_ds;              // queue pair << 8 | size in octowords
     Be32 flags;               // signature << 24 | stream << 8 | fence, completion and event bits
@@ -73,9 +73,9 @@ struct alignas(kWqeBlockBytes) WqeBlock {
 // A completion-queue entry (mlx5_cqe64; on errors mlx5_err_cqe). The queue has one entry, which the NIC overwrites ("collapsed").
 struct alignas(64) CompletionEntry {
     uint8_t unused[52];
-    Be32 error;          // on errors: vendor's syndrome << 8 | syndrome
-    Be32 opcode_qpn;     // opcode of the request << 24 | queue pair
-    Be32 counter_opcode; // request number << 16 | signature << 8 | completion opcode << 4 | owner bit: one load has number and outcome
+    Be32 error;           // on errors: vendor's syndrome << 8 | syndrome
+    Be32 opcode_qpn;      // opcode of the request << 24 | queue pair
+    Be32 counter_opcode;  // request number << 16 | signature << 8 | completion opcode << 4 | owner bit: one load has number and outcome
 };
 static_assert(sizeof(CompletionEntry) == 64, "the NIC writes 64 bytes");
 
@@ -129,9 +129,8 @@ DEEPEP_HOST_DEVICE DataSegment data_segment(const Location& local, uint32_t num_
 // num_bytes: 1 to kMaxWriteBytes.
 DEEPEP_HOST_DEVICE void write_rdma_write(WqeBlock* slot, const WqePlace& place, const Location& local, const Location& remote,
                                          uint32_t num_bytes) {
-    *reinterpret_cast<WriteWqe*>(slot) = {.control = control_segment(place, Opcode::kRdmaWrite, 3),
-                                          .remote = remote_segment(remote),
-                                          .data = data_segment(local, num_bytes)};
+    *reinterpret_cast<WriteWqe*>(slot) = {
+        .control = control_segment(place, Opcode::kRdmaWrite, 3), .remote = remote_segment(remote), .data = data_segment(local, num_bytes)};
 }
 
 // The value lands at `remote` in this machine's byte order; the slot holds it, so no memory is read later.
@@ -146,8 +145,7 @@ DEEPEP_HOST_DEVICE void write_inline_word(WqeBlock* slot, const WqePlace& place,
 }
 
 // num_bytes: 1 to kMaxInlineBytes.
-DEEPEP_HOST_DEVICE void write_inline(WqeBlock* slot, const WqePlace& place, const Location& remote, const void* data,
-                                     uint32_t num_bytes) {
+DEEPEP_HOST_DEVICE void write_inline(WqeBlock* slot, const WqePlace& place, const Location& remote, const void* data, uint32_t num_bytes) {
     const uint32_t num_octowords = 2 + (4 + num_bytes + kOctowordBytes - 1) / kOctowordBytes;
     InlineWriteWqe wqe = {.control = control_segment(place, Opcode::kRdmaWrite, num_octowords),
                           .remote = remote_segment(remote),
