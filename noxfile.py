@@ -78,6 +78,7 @@ def packaging(session: nox.Session) -> None:
         with shared_headers_inside(PACKAGES / name):
             session.run(*build, str(PACKAGES / name), external=True)
     session.run(python, "tests/packaging/check_archives.py", str(dist), external=True)
+    session.run(python, "tests/packaging/check_requirements.py", *PYTHON_VERSIONS, external=True)
 
     for combination in combinations(natives):
         target = clean_environment(session, "-".join(combination))

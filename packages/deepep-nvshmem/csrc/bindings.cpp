@@ -203,8 +203,9 @@ void bind_runtime(py::module_& m) {
         .def("combine",
              [](Runtime& self, uint64_t y, int64_t num_recv_tokens, int64_t num_row_bytes, uint64_t topk_weights, int num_topk, uint64_t bias_0,
                 uint64_t bias_1, uint64_t rank_prefix, uint64_t send_head, int64_t num_tokens, uint64_t out, uint64_t out_topk_weights, int num_sms,
-                uint64_t stream, bool use_bulk, int num_warps, int num_stages) {
+                uint64_t stream, uint64_t relay, bool use_bulk, int num_warps, int num_stages) {
                  CombineArgs args{};
+                 args.relay = pointer<uint8_t>(relay);
                  args.y = pointer<uint8_t>(y);
                  args.topk_weights = pointer<float>(topk_weights);
                  args.num_recv_tokens = num_recv_tokens;
@@ -216,10 +217,11 @@ void bind_runtime(py::module_& m) {
                  args.num_topk = num_topk;
                  args.out = pointer<uint8_t>(out);
                  args.out_topk_weights = pointer<float>(out_topk_weights);
-                 return self.combine(args, num_row_bytes, {num_sms, use_bulk, num_warps, num_stages, 0}, stream_of(stream)) ? "staged" : "pull";
+                 return self.combine(args, num_row_bytes, {num_sms, use_bulk, num_warps, num_stages, 0}, stream_of(stream));
              },
              py::kw_only(), "y"_a, "num_recv_tokens"_a, "num_row_bytes"_a, "topk_weights"_a, "num_topk"_a, "bias_0"_a, "bias_1"_a, "rank_prefix"_a,
-             "send_head"_a, "num_tokens"_a, "out"_a, "out_topk_weights"_a, "num_sms"_a, "stream"_a, "use_bulk"_a = true, "num_warps"_a = 0,
+             "send_head"_a, "num_tokens"_a, "out"_a, "out_topk_weights"_a, "num_sms"_a, "stream"_a, "relay"_a = 0, "use_bulk"_a = true,
+             "num_warps"_a = 0,
              "num_stages"_a = 0);
 }
 

@@ -295,7 +295,7 @@ bool Runtime::dispatch(DispatchArgs args, int64_t num_row_bytes, int num_experts
     return args.is_staged;
 }
 
-bool Runtime::combine(CombineArgs args, int64_t num_row_bytes, const Tuning& tuning, cudaStream_t stream) {
+const char* Runtime::combine(CombineArgs args, int64_t num_row_bytes, const Tuning& tuning, cudaStream_t stream) {
     require_open();
     require_rows("combine", num_row_bytes, args.num_tokens, args.num_topk);
     require(args.num_recv_tokens >= 0 && args.num_recv_tokens <= std::numeric_limits<int32_t>::max(),
@@ -309,10 +309,18 @@ bool Runtime::combine(CombineArgs args, int64_t num_row_bytes, const Tuning& tun
     const auto symmetric = [&](const void* pointer, int64_t num_unit_bytes) {
         return args.num_recv_tokens == 0 || is_symmetric(reinterpret_cast<uint64_t>(pointer), args.num_recv_tokens * num_unit_bytes);
     };
-    args.is_staged = !(symmetric(args.y, num_row_bytes) && (!has_weights || symmetric(args.topk_weights, args.num_topk * 4)));
+    args.use_bulk = tuning.use_bulk && has_bulk_;
+    const bool is_y_symmetric = symmetric(args.y, num_row_bytes);
+    const bool are_weights_symmetric = !has_weights || symmetric(args.topk_weights, args.num_topk * 4);
+    // A relay carries rows only, and by bulk copies only; without peers there is nobody to relay for.
+    const bool can_relay = args.relay != nullptr && !is_y_symmetric && are_weights_symmetric && args.use_bulk && config_.num_ranks > 1;
+    require(args.relay == nullptr || (is_aligned(args.relay, 16) && symmetric(args.relay, num_row_bytes)),
+            "combine: the relay must lie in the arena, as large as y, aligned to 16 bytes.");
+    if (!can_relay) args.relay = nullptr;
+    args.is_staged = !can_relay && !(is_y_symmetric && are_weights_symmetric);
 
     constexpr int kSharedBudget = 216 * 1024, kPushBudget = 96 * 1024;
-    args.use_bulk = tuning.use_bulk && has_bulk_;
+    constexpr int kNumRelayWarps = 2, kNumRelayStages = 5;
     args.parts = RowParts::cut(num_row_bytes, config_.num_ranks > 4 ? kNumSlotBytes / 2 : kNumSlotBytes);
     // A stage's rows also carry weights: up to 32 of them and 12 bytes before them.
     args.num_stage_row_bytes = static_cast<int>(max_of(args.parts.num_part_bytes, align_up(kMaxTopk * 4 + 12, 16)));
@@ -322,8 +330,13 @@ bool Runtime::combine(CombineArgs args, int64_t num_row_bytes, const Tuning& tun
     // Staged, the two directions share shared memory: a wanted number of stages leaves the rest to the pushing warps.
     const int64_t num_wanted_bytes = tuning.num_stages * static_cast<int64_t>(num_stage_bytes);
     const int num_push_budget = tuning.num_stages > 0 ? static_cast<int>(max_of(0, kSharedBudget - num_wanted_bytes)) : kPushBudget;
-    choose_staging_lanes("combine", args.use_bulk, args.num_push_warps, args.num_lane_bytes, num_push_budget, args.parts.num_parts + 1,
-                         domain_.window.num_slots, args.num_staging_lanes);
+    if (can_relay) {
+        args.num_push_warps = kNumRelayWarps;
+        args.num_staging_lanes = kNumRelayStages;
+    } else {
+        choose_staging_lanes("combine", args.use_bulk, args.num_push_warps, args.num_lane_bytes, num_push_budget, args.parts.num_parts + 1,
+                             domain_.window.num_slots, args.num_staging_lanes);
+    }
     const int num_push_bytes = args.use_bulk ? args.num_push_warps * args.num_staging_lanes * args.num_lane_bytes : 0;
     const int num_stages = static_cast<int>(min_of(kMaxPullStages, (kSharedBudget - num_push_bytes) / num_stage_bytes));
     args.num_stages = tuning.num_stages > 0 ? static_cast<int>(min_of(tuning.num_stages, num_stages)) : num_stages;
@@ -331,7 +344,7 @@ bool Runtime::combine(CombineArgs args, int64_t num_row_bytes, const Tuning& tun
     args.num_dynamic_bytes = args.use_bulk ? num_push_bytes + args.num_stages * num_stage_bytes : 0;
     const DeviceGuard guard(config_.device);
     check_runtime(launch_combine(args, tuning.num_sms, stream), "launching combine");
-    return args.is_staged;
+    return can_relay ? "relayed" : args.is_staged ? "staged" : "pull";
 }
 
 }  // namespace deepep::nvlink

@@ -63,7 +63,8 @@ public:
     void notify(NotifyArgs args, cudaStream_t stream);
     std::optional<Counts> wait_counts(uint32_t ticket, double timeout_s) const;
     bool dispatch(DispatchArgs args, int64_t num_row_bytes, int num_experts, const Tuning& tuning, cudaStream_t stream);  // true: staged
-    bool combine(CombineArgs args, int64_t num_row_bytes, const Tuning& tuning, cudaStream_t stream);                     // true: staged
+    // How this rank's rows reach its peers: "pull", "relayed" or "staged".
+    const char* combine(CombineArgs args, int64_t num_row_bytes, const Tuning& tuning, cudaStream_t stream);
 
 private:
     void require_open() const;

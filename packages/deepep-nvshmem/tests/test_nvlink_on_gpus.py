@@ -55,10 +55,10 @@ def _same(name: str, ours: torch.Tensor | None, theirs: torch.Tensor | None, cas
         raise AssertionError(f"{name} differs first at byte {first} of {tuple(a.shape)}: {case}")
 
 
-def generated_shapes(context: RankContext, first_seed: int, num_cases: int) -> dict[str, int]:
+def generated_shapes(context: RankContext, first_seed: int, num_cases: int, has_heap: bool = True) -> dict[str, int]:
     """Random shapes against the reference; returns how many had an empty rank and how many were skewed."""
     ours, theirs = _buffer(context), Buffer(context.group, backend="reference")
-    counts = {"cases": 0, "empty": 0, "skewed": 0, "fp8": 0, "symmetric": 0, "staged": 0}
+    counts = dict.fromkeys(("cases", "empty", "skewed", "fp8", "pulled in place", "relayed", "staged"), 0)
     for seed in range(first_seed, first_seed + num_cases):
         shared, own = np.random.default_rng(seed), np.random.default_rng([seed, context.rank])
         num_local = int(shared.integers(1, 9))
@@ -73,7 +73,7 @@ def generated_shapes(context: RankContext, first_seed: int, num_cases: int) -> d
         num_tokens, alignment = int(tokens[context.rank]), int(shared.choice([1, 4, 128]))
         num_worst = int(tokens.sum()) + 5 if shared.random() < 0.2 else 0
         num_sms = int(shared.choice([2, 8, 20]))
-        num_bias, use_symmetric = int(shared.integers(0, 3)), bool(shared.integers(0, 2))
+        num_bias, use_symmetric = int(shared.integers(0, 3)), bool(shared.integers(0, 2)) and has_heap
         case = {
             "seed": seed,
             "rank": context.rank,
@@ -140,12 +140,14 @@ def generated_shapes(context: RankContext, first_seed: int, num_cases: int) -> d
         _same("combined_x", combined, expected, case)
         _same("combined_topk_weights", combined_weights, expected_weights, case)
         how = ours.placement()["x"]
-        assert use_symmetric == (how == "pulled in place"), f"combine was {how}: {case}"
+        if has_heap:
+            wanted = "pulled in place" if use_symmetric or y.shape[0] == 0 else "relayed"
+            assert how == wanted, f"combine was {how}, expected {wanted}: {case}"
         counts["cases"] += 1
         counts["empty"] += int((tokens == 0).any())
         counts["skewed"] += int(kind == "skewed")
         counts["fp8"] += int(is_fp8)
-        counts["symmetric" if use_symmetric else "staged"] += 1
+        counts[how] += 1
     ours.destroy()
     theirs.destroy()
     return counts
@@ -156,7 +158,17 @@ def test_generated_shapes_equal_the_reference(rank_pools: Any, num_gpus: int) ->
     pool = rank_pools.get("cuda", num_ranks=num_gpus)
     counts = pool.run(generated_shapes, 1000 * num_gpus, 320, num_ranks=num_gpus, timeout_s=300)[0]
     assert counts["cases"] >= 300 and counts["empty"] >= 30 and counts["skewed"] >= 30
-    assert min(counts["fp8"], counts["symmetric"], counts["staged"]) >= 60
+    assert min(counts["fp8"], counts["pulled in place"], counts["relayed"]) >= 60
+
+
+@pytest.mark.parametrize("num_gpus", GPU_COUNTS)
+def test_generated_shapes_through_the_staging_window(rank_pools: Any, num_gpus: int) -> None:
+    """With a heap too small for nearly everything, rows go through staging in both directions."""
+    pool = rank_pools.get("cuda", num_ranks=num_gpus)
+    environment = {"DEEPEP_SYMMETRIC_HEAP_MB": "2"}
+    arguments = (5000 * num_gpus, 60, False)
+    counts = pool.run(generated_shapes, *arguments, num_ranks=num_gpus, timeout_s=300, environment=environment)[0]
+    assert counts["cases"] == 60 and counts["staged"] >= 30
 
 
 def _layout(buffer: Buffer, topk_idx: torch.Tensor, num_experts: int) -> dict[str, torch.Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import subprocess
@@ -32,7 +33,9 @@ class Program:
     def run(self, *arguments: object, timeout_s: float = 120.0) -> subprocess.CompletedProcess[str]:
         """Run to the end, whatever the exit status."""
         command = [str(self.path), *map(str, arguments)]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False)
+        # One race is enough to fail; writing reports of them all takes longer than the program.
+        environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
+        result = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=environment)
         if "unexpected memory mapping" in result.stderr:
             pytest.skip(f"ThreadSanitizer of this g++ does not run on this kernel: {result.stderr.splitlines()[0]}")
         return result

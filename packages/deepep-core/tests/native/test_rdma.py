@@ -90,6 +90,13 @@ RACES = {
         "__atomic_store_n(address, value, __ATOMIC_RELEASE));\n}\nDEEPEP_HOST_DEVICE void store_release_gpu(uint32_t",
         "__atomic_store_n(address, value, __ATOMIC_RELAXED));\n}\nDEEPEP_HOST_DEVICE void store_release_gpu(uint32_t",
     ),
+    "the doorbell is rung without release": (
+        "rdma/queue_pair.hpp",
+        "store_release_sys(pair.record, doorbell_record(ready).bits);\n"
+        "    store_release_sys(pair.doorbell, doorbell_word(pair.number, ready));",
+        "__atomic_store_n(pair.record, doorbell_record(ready).bits, __ATOMIC_RELAXED);\n"
+        "    __atomic_store_n(pair.doorbell, doorbell_word(pair.number, ready), __ATOMIC_RELAXED);",
+    ),
     "slots are taken again without acquiring their completion": (
         "rdma/queue_pair.hpp",
         "if (reserved + count <= load_acquire_gpu(",

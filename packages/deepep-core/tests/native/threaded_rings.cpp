@@ -180,11 +180,51 @@ void failure_ends_every_poster_of_its_queue_pair() {
     CHECK(setup.provider->first_fault(bad).syndrome == rdma::Syndrome::kRetriesExhausted, "the provider knows the cause");
 }
 
+// One thread publishes a request and is kept from the doorbell; another rings for both. What joins the two is `ready` alone.
+void one_thread_rings_for_another() {
+    Setup setup({});
+    const rdma::RdmaView view = setup.provider->view();
+    const rdma::QueuePair pair = view.queue_pair(0, 0);
+    for (uint64_t round = 0; round < 200; ++round) {
+        __atomic_store_n(&pair.state->is_ringing, 1, __ATOMIC_RELAXED);
+        const auto post = [&](uint64_t order, auto wait) {
+            auto turn = [&] {
+                std::this_thread::yield();
+                return rdma::WaitVerdict::kGoOn;
+            };
+            while (rdma::load_relaxed_gpu(&pair.state->reserved) != 2 * round + order) turn();
+            uint64_t begin = 0;
+            CHECK(rdma::reserve(pair, 1, turn, &begin).ok() && begin == 2 * round + order, "reserve");
+            rdma::write_inline_word(pair.slot(begin), pair.place(begin, true), view.remote[0].at(8 * order), begin);
+            return rdma::submit(pair, begin, 1, wait).outcome;
+        };
+        std::thread first([&] {
+            const rdma::Outcome outcome = post(0, [] { return rdma::WaitVerdict::kAborted; });
+            CHECK(outcome == rdma::Outcome::kAborted || outcome == rdma::Outcome::kOk, "outcome %d", static_cast<int>(outcome));
+        });
+        std::thread second([&] {
+            const auto wait = [&] {  // called in vain: for the first request to be published, or for the doorbell, which is then given free
+                if (rdma::load_relaxed_gpu(&pair.state->ready) == 2 * round + 2)
+                    __atomic_store_n(&pair.state->is_ringing, 0, __ATOMIC_RELAXED);
+                std::this_thread::yield();
+                return rdma::WaitVerdict::kGoOn;
+            };
+            CHECK(post(1, wait) == rdma::Outcome::kOk, "the second poster");
+        });
+        first.join();
+        second.join();
+        rdma::HostWait wait = setup.patience();
+        CHECK(rdma::wait_completed(pair, 2 * round + 2, wait).ok(), "both were rung");
+    }
+    CHECK(pair.state->num_doorbells < 300, "%u doorbells for 400 requests: nobody rang for another", pair.state->num_doorbells);
+}
+
 }  // namespace
 
 int main(int num_arguments, char** arguments) {
     CHECK(num_arguments == 2, "usage: threaded_rings NUM_MESSAGES");
     all_messages_arrive(static_cast<uint32_t>(std::strtoul(arguments[1], nullptr, 10)));
     failure_ends_every_poster_of_its_queue_pair();
+    one_thread_rings_for_another();
     std::printf("ok\n");
 }

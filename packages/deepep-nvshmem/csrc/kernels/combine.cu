@@ -6,6 +6,7 @@
 // Sum warps      dealt out to the stages: a stage's warps add its rows in rank order behind the biases, round once, store.
 // Weights warps  sum the top-k weights in the same order with ordinary loads. When some owner pushes, the weights travel like parts of a row,
 //                and one of these warps returns the window's slots instead.
+// Relay warps    only where this rank's own rows are out of its peers' reach and memory for a relay is there (relay.cuh).
 // Push warps     only where this rank's own rows are out of its peers' reach: one per other rank (staging.cuh).
 // (Without bulk copies every sum warp loads, sums and stores by itself: plain_combine.cuh.)
 // Before: send_head says at which row each rank holds a token. An owner's rows are read only after its READY was seen; an owner's kernel ends only
@@ -13,6 +14,7 @@
 // enough.
 #include "combine_parts.cuh"
 #include "plain_combine.cuh"
+#include "relay.cuh"
 
 namespace deepep::nvlink {
 namespace {
@@ -45,6 +47,7 @@ public:
           grant_(handshake.grants[rank_]) {
         base_ = first_row_of(args, rank_);
         is_ring_ = rank_ != args.domain.rank && grant_.is_staged;
+        if (rank_ != args.domain.rank && grant_.is_relayed) here_until_ = 0;
         num_units_ = units_per_row(args);
         stage_ = first_stage_ = warp;
         num_parts_ = args.parts.num_parts + (handshake.has_staged && args.num_topk > 0 ? 1 : 0);
@@ -98,6 +101,7 @@ private:
         const int64_t num_rows = is_ring_ ? grant_.num_staged_rows : grant_.num_rows;
         const bool is_held = row >= 0 && row < num_rows;
         if (row >= 0 && row >= num_rows && lane_ < kMaxRanks) report_row(context_, handshake_, rank_, row, num_rows);
+        if (!wait_relayed(row, is_held && row >= here_until_)) return false;
         const uint32_t mask = __ballot_sync(~0u, is_held) & ((1u << kMaxRanks) - 1);
         // Four parts at a time, because lanes wait for slots side by side: lane = rank + 8 * (part % 4).
         for (int part = 0; part < num_parts_; ++part) {
@@ -105,6 +109,12 @@ private:
             load_part(token, row, part, mask, is_held && lane_ / kMaxRanks == part % 4);
         }
         return true;
+    }
+
+    // Tokens, and so rows of one owner, come in ascending order: what is here stays here.
+    __device__ bool wait_relayed(int32_t row, bool is_needed) {
+        if (is_needed) here_until_ = wait_relayed_row(args_, context_, rank_, row);
+        return __all_sync(~0u, !is_needed || here_until_ >= 0);
     }
 
     __device__ bool wait_slots(int32_t row, bool is_needed, int part) {
@@ -182,6 +192,7 @@ private:
     int num_units_;
     int num_parts_;
     bool is_ring_;
+    int32_t here_until_ = 0x7fffffff;  // rows of this owner before it can be loaded
     uint32_t claimed_ = 0;
     int first_stage_;
     int stage_;
@@ -261,6 +272,7 @@ struct Shared {
     Pipeline pipeline;
 #endif
     uint64_t staging_barriers[kMaxRanks][kMaxStagingLanes];
+    int64_t first_rows[kMaxRanks + 1];  // of each source, in what this rank received; relaying warps fill and read it
 };
 
 // The block that finishes last waits until no rank reads this one's rows any more.
@@ -294,12 +306,14 @@ __global__ void __launch_bounds__((kFirstPushWarp + kMaxPushWarpsHere) * 32, 1) 
     DeviceState* state = domain.state();
     const WaitContext context{domain.host, state, Op::kCombine, domain.rank, ptx::load_relaxed_gpu(&state->epochs[kCombineOp]) + 1};
     const GrantSizes sizes{args.parts.num_row_bytes, 0, 0, args.num_topk * 4, 0};
-    const OwnGrant own{args.is_staged ? kKindStaged : kKindDirect,
+    const OwnGrant own{args.is_staged ? kKindStaged : args.relay != nullptr ? kKindRelayed : kKindDirect,
                        args.num_recv_tokens,
-                       {const_cast<uint8_t*>(args.y), nullptr, nullptr, reinterpret_cast<uint8_t*>(const_cast<float*>(args.topk_weights)), nullptr},
+                       {args.relay != nullptr ? args.relay : const_cast<uint8_t*>(args.y), nullptr, nullptr, reinterpret_cast<uint8_t*>(const_cast<float*>(args.topk_weights)), nullptr},
                        domain.arenas[domain.rank]};
     exchange_grants(domain, context, shared.handshake, sizes, own);
     const bool has_staged = shared.handshake.has_staged;
+    // This rank's own rows need no relay. A barrier follows before they are used.
+    if (args.relay != nullptr && threadIdx.x == 0) shared.handshake.grants[domain.rank].rows = const_cast<uint8_t*>(args.y);
 #if DEEPEP_HAS_BULK
     if (args.use_bulk && threadIdx.x < kMaxPullStages * kMaxRanks) shared.pipeline.returned[threadIdx.x / kMaxRanks][threadIdx.x % kMaxRanks] = 0;
     if (args.use_bulk && threadIdx.x == 0) {
@@ -315,6 +329,13 @@ __global__ void __launch_bounds__((kFirstPushWarp + kMaxPushWarpsHere) * 32, 1) 
 
     const int warp = threadIdx.x / 32;
     const int reader = warp - kNumSumWarps;
+#if DEEPEP_HAS_BULK
+    if (warp >= kFirstPushWarp && args.relay != nullptr) {
+        const int relayer = warp - kFirstPushWarp;
+        Relay relay(args, context, shared.first_rows, dynamic + relayer * args.num_staging_lanes * args.num_lane_bytes, shared.staging_barriers[relayer]);
+        if (threadIdx.x % 32 == 0 && !shared.handshake.is_failed) relay.run();
+    } else
+#endif
     if (warp >= kFirstPushWarp) {
         push_own_rows(args, context, shared.handshake, warp - kFirstPushWarp, dynamic, shared.staging_barriers[warp - kFirstPushWarp]);
 #if DEEPEP_HAS_BULK

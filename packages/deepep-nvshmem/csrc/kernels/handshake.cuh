@@ -9,6 +9,7 @@ namespace deepep::nvlink {
 // What one peer grants, checked against its arena.
 struct Grant {
     bool is_staged;
+    bool is_relayed;  // combine: rows appear at their place during the operation, chunk by chunk
     int64_t num_rows;         // that may be reached directly; 0 when the peer did not answer or granted nonsense
     int64_t num_staged_rows;  // that go through the staging window
     uint8_t* rows;
@@ -84,6 +85,7 @@ __device__ __forceinline__ void exchange_grants(const Domain& domain, const Wait
         const uint32_t* words = shared.words[peer];
         Grant grant{};
         grant.is_staged = words[kReadyKind] == kKindStaged;
+        grant.is_relayed = words[kReadyKind] == kKindRelayed;
         grant.num_rows = static_cast<int32_t>(words[kReadyNumRows]);
         if (!grant.is_staged && !shared.is_failed) {
             bool is_good = grant.num_rows >= 0;

@@ -113,7 +113,8 @@ struct CombineArgs {
     const uint8_t* y;           // [R, row bytes]
     const float* topk_weights;  // [R, K]
     int64_t num_recv_tokens;
-    bool is_staged;  // y or the weights are not in the arena
+    bool is_staged;  // y or the weights are not in the arena, and there is no relay
+    uint8_t* relay;  // [R, row bytes] in the arena, where y is copied for the peers; null: they read y itself, or get it staged
     // what this rank collects
     const uint8_t* bias_0;  // [T, row bytes], or null
     const uint8_t* bias_1;
@@ -129,8 +130,8 @@ struct CombineArgs {
     int num_stages;
     int num_stage_row_bytes;
     int num_load_warps;
-    int num_push_warps;     // ranks to push to when this rank's rows are staged, else 0
-    int num_staging_lanes;  // rows that each of them carries at once
+    int num_push_warps;     // warps that push (staged: one for each other rank) or relay, else 0
+    int num_staging_lanes;  // rows that each of them carries at once; stages of each that relays
     int num_lane_bytes;     // shared memory of each
     int num_dynamic_bytes;  // shared memory
 };

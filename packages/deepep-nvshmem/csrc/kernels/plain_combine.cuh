@@ -1,6 +1,7 @@
 #pragma once
 // Combine with ordinary loads and stores: one warp per token, straight from the owners' memory or from this rank's staging window.
 #include "combine_parts.cuh"
+#include "relay.cuh"
 
 namespace deepep::nvlink {
 namespace {
@@ -46,6 +47,7 @@ __device__ __noinline__ void gather_rows_plain(const CombineArgs& args, const Wa
         PlainRow rows[kMaxRanks];
         uint32_t held_mask = 0, ring_mask = 0;
         int64_t own_first_unit = 0;  // of the rank that this lane stands for
+        int32_t own_row = -1;        // likewise, where that rank relays
 #pragma unroll
         for (int rank = 0; rank < kMaxRanks; ++rank) {
             if (rank >= domain.num_ranks) continue;
@@ -63,10 +65,12 @@ __device__ __noinline__ void gather_rows_plain(const CombineArgs& args, const Wa
                 if (lane == rank) own_first_unit = rows[rank].first_unit;
             } else {
                 rows[rank].row = grant.rows + row * args.parts.num_row_bytes;
+                if (grant.is_relayed && rank != domain.rank && lane == rank) own_row = static_cast<int32_t>(row);
             }
         }
         const bool waits = lane < kMaxRanks && (ring_mask >> lane & 1);
         if (!__all_sync(~0u, !waits || wait_slots_plain(args, context, lane, own_first_unit))) return;
+        if (!__all_sync(~0u, own_row < 0 || wait_relayed_row(args, context, lane, own_row) >= 0)) return;
         for (int part = 0; part < args.parts.num_parts; ++part) {
             const int64_t offset = token * args.parts.num_row_bytes + args.parts.begin(part);
             for (int byte = lane * 16; byte < args.parts.num_bytes(part); byte += 32 * 16) {

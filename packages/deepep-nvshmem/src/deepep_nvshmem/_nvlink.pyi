@@ -173,6 +173,7 @@ class Runtime:
         out_topk_weights: int,
         num_sms: int,
         stream: int,
+        relay: int = 0,
         use_bulk: bool = True,
         num_warps: int = 0,
         num_stages: int = 0,

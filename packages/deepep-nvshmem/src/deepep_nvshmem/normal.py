@@ -279,6 +279,7 @@ class NvlinkNormal(NormalBackend):
             combined = torch.empty((handle.num_tokens, request.x.shape[1]), dtype=torch.bfloat16, device=device)
             if weights is not None:
                 combined_weights = torch.empty((handle.num_tokens, num_topk), dtype=torch.float32, device=device)
+        relay, weights = self._relay(runtime, request)
         biases = [bias.data_ptr() for bias in request.biases] + [0, 0]
         how = runtime.combine(
             y=request.x.data_ptr(),
@@ -295,10 +296,31 @@ class NvlinkNormal(NormalBackend):
             out_topk_weights=_address(combined_weights),
             num_sms=self._num_sms(request),
             stream=_stream(),
+            relay=_address(relay),
         )
         self._num_calls += 1
         self._placement = {"x": "pulled in place" if how == "pull" else how}
         return CombineResult(combined_x=combined, combined_topk_weights=combined_weights)
+
+    def _relay(self, runtime: Any, request: CombineRequest) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Room in symmetric memory for expert outputs that peers cannot reach, and weights that they can.
+
+        ``None`` for the room where none is needed or left: rows then go through the staging window. Both live on
+        the communication stream and may be dropped as soon as the kernel is launched.
+        """
+        x, weights = request.x, request.topk_weights
+        if x.shape[0] == 0 or self._facts.num_ranks == 1 or runtime.is_symmetric(x.data_ptr(), x.numel() * 2):
+            return None, weights
+        try:
+            with self._arena.allocate_here():
+                relay = torch.empty((_size_class(x.shape[0]), x.shape[1]), dtype=x.dtype, device=x.device)
+                if weights is not None:
+                    weights = weights.clone()
+        except torch.OutOfMemoryError:
+            return None, request.topk_weights
+        # In a captured graph torch may allocate from a pool of its own.
+        is_reachable = runtime.is_symmetric(relay.data_ptr(), relay.numel() * 2)
+        return (relay, weights) if is_reachable else (None, request.topk_weights)
 
     @staticmethod
     def _num_sms(request: DispatchRequest | CombineRequest) -> int:

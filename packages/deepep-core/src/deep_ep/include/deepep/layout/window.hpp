@@ -17,7 +17,7 @@ enum ReadyWord : int {
     kReadySrcIdx = 10,    // offset of source token numbers
     kNumReadyWords = 12,
 };
-enum ReadyKind : uint32_t { kKindDirect = 1, kKindStaged = 2 };
+enum ReadyKind : uint32_t { kKindDirect = 1, kKindStaged = 2, kKindRelayed = 3 };
 constexpr int kReadyStride = 16;  // words from one rank's READY record to the next: 128 bytes
 
 constexpr int64_t kNumSlotBytes = 8192;  // one staging slot: a part of a row

@@ -29,7 +29,7 @@ struct RdmaView {
     MemoryKeys local;
     const MemoryKeys* remote;  // [num_peers]
 
-    // Requests that must land in order use the same one.
+    // Requests that must land in order use the same one. Kernels copy it: the posting code reads its fields again and again.
     DEEPEP_HOST_DEVICE const QueuePair& queue_pair(int peer, int lane) const {
         return queue_pairs[static_cast<int64_t>(peer) * num_queue_pairs + lane % num_queue_pairs];
     }
