@@ -134,7 +134,7 @@ void bind_runtime(py::module_& m) {
         .def("notify",
              [](Runtime& self, const std::vector<uint32_t>& fields, int64_t num_tokens, int num_experts, int expert_alignment,
                 uint64_t num_tokens_per_rank, uint64_t num_tokens_per_expert, uint64_t is_token_in_rank, uint64_t rank_prefix, uint64_t send_head,
-                uint64_t recv_tokens_per_expert, uint64_t num_bad_indices, uint32_t ticket, uint64_t stream) {
+                uint64_t recv_tokens_per_expert, uint64_t num_bad_indices, uint32_t ticket, uint64_t stream, uint64_t first_rows) {
                  NotifyArgs args{};
                  args.status = kStatusValid;
                  fill_fields(args, fields);
@@ -145,6 +145,7 @@ void bind_runtime(py::module_& m) {
                  args.num_tokens_per_expert = pointer<int32_t>(num_tokens_per_expert);
                  args.is_token_in_rank = pointer<bool>(is_token_in_rank);
                  args.rank_prefix = pointer<int32_t>(rank_prefix);
+                 args.first_rows = pointer<int32_t>(first_rows);
                  args.send_head = pointer<int32_t>(send_head);
                  args.recv_tokens_per_expert = pointer<int32_t>(recv_tokens_per_expert);
                  args.num_bad_indices = pointer<int32_t>(num_bad_indices);
@@ -152,7 +153,8 @@ void bind_runtime(py::module_& m) {
                  self.notify(args, stream_of(stream));
              },
              py::kw_only(), "fields"_a, "num_tokens"_a, "num_experts"_a, "expert_alignment"_a, "num_tokens_per_rank"_a, "num_tokens_per_expert"_a,
-             "is_token_in_rank"_a, "rank_prefix"_a, "send_head"_a, "recv_tokens_per_expert"_a, "num_bad_indices"_a, "ticket"_a, "stream"_a)
+             "is_token_in_rank"_a, "rank_prefix"_a, "send_head"_a, "recv_tokens_per_expert"_a, "num_bad_indices"_a, "ticket"_a, "stream"_a,
+             "first_rows"_a = 0)
         .def("refuse",
              [](Runtime& self, const std::vector<uint32_t>& fields, int num_experts, uint32_t reason, uint32_t ticket, uint64_t stream) {
                  NotifyArgs args{};

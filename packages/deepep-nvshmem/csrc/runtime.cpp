@@ -312,15 +312,15 @@ const char* Runtime::combine(CombineArgs args, int64_t num_row_bytes, const Tuni
     args.use_bulk = tuning.use_bulk && has_bulk_;
     const bool is_y_symmetric = symmetric(args.y, num_row_bytes);
     const bool are_weights_symmetric = !has_weights || symmetric(args.topk_weights, args.num_topk * 4);
-    // A relay carries rows only, and by bulk copies only; without peers there is nobody to relay for.
-    const bool can_relay = args.relay != nullptr && !is_y_symmetric && are_weights_symmetric && args.use_bulk && config_.num_ranks > 1;
+    // A relay carries rows only; without peers there is nobody to relay for.
+    const bool can_relay = args.relay != nullptr && !is_y_symmetric && are_weights_symmetric && config_.num_ranks > 1;
     require(args.relay == nullptr || (is_aligned(args.relay, 16) && symmetric(args.relay, num_row_bytes)),
             "combine: the relay must lie in the arena, as large as y, aligned to 16 bytes.");
     if (!can_relay) args.relay = nullptr;
     args.is_staged = !can_relay && !(is_y_symmetric && are_weights_symmetric);
 
     constexpr int kSharedBudget = 216 * 1024, kPushBudget = 96 * 1024;
-    constexpr int kNumRelayWarps = 2, kNumRelayStages = 5;
+    constexpr int kNumRelayWarps = kMaxRanks - 1;
     args.parts = RowParts::cut(num_row_bytes, config_.num_ranks > 4 ? kNumSlotBytes / 2 : kNumSlotBytes);
     // A stage's rows also carry weights: up to 32 of them and 12 bytes before them.
     args.num_stage_row_bytes = static_cast<int>(max_of(args.parts.num_part_bytes, align_up(kMaxTopk * 4 + 12, 16)));
@@ -332,7 +332,7 @@ const char* Runtime::combine(CombineArgs args, int64_t num_row_bytes, const Tuni
     const int num_push_budget = tuning.num_stages > 0 ? static_cast<int>(max_of(0, kSharedBudget - num_wanted_bytes)) : kPushBudget;
     if (can_relay) {
         args.num_push_warps = kNumRelayWarps;
-        args.num_staging_lanes = kNumRelayStages;
+        args.num_staging_lanes = 0;
     } else {
         choose_staging_lanes("combine", args.use_bulk, args.num_push_warps, args.num_lane_bytes, num_push_budget, args.parts.num_parts + 1,
                              domain_.window.num_slots, args.num_staging_lanes);

@@ -60,25 +60,36 @@ def finish(
     async_finish: bool,
     inputs: Iterable[torch.Tensor | None],
     outputs: Iterable[torch.Tensor | None],
+    *,
+    is_on_output_stream: bool = False,
 ) -> EventOverlap:
     """Order the current stream, or the user's later wait, behind ``stream``, and keep memory from early reuse.
 
-    A backend allocates on either stream and uses tensors on both; recording a tensor on the stream where it was
-    allocated does nothing. After a synchronous call the current stream waits, so what belongs to it needs no record.
+    Outputs were allocated on ``stream``, or on the current one (``is_on_output_stream``), and are used on both. After a
+    synchronous call the current stream waits, so what belongs to it needs no record.
     """
     if stream is None:
         return EventOverlap(EventHandle()) if async_finish else EventOverlap(None)
     current = torch.cuda.current_stream()
-    on_cuda = [tensor for tensor in outputs if tensor is not None and tensor.is_cuda]
-    for tensor in on_cuda:
-        tensor.record_stream(current)
+    if not is_on_output_stream:
+        for tensor in outputs:
+            if tensor is not None and tensor.is_cuda:
+                tensor.record_stream(current)
     if not async_finish:
         current.wait_stream(stream)
         return EventOverlap(None)
-    for used in (*inputs, *on_cuda):
+    for used in (*inputs, *(outputs if is_on_output_stream else ())):
         if used is not None and used.is_cuda:
             used.record_stream(stream)
     return EventOverlap(EventHandle(stream))
+
+
+def output_stream_for(x: Any, allocate_on_comm_stream: bool) -> torch.cuda.Stream | None:
+    """Where a backend should allocate the outputs of a call on ``x`` (rows, or rows and scales)."""
+    rows = x[0] if isinstance(x, (tuple, list)) and x else x
+    if allocate_on_comm_stream or not getattr(rows, "is_cuda", False):
+        return None
+    return torch.cuda.current_stream()
 
 
 def event_of(previous_event: Any) -> Any:

@@ -229,6 +229,7 @@ class DispatchResult:
         num_recv_tokens_per_expert: ``L`` ints rounded up to the alignment; empty with ``num_worst_tokens``; ``None``
             when cached.
         handle: V1's tuple (`deep_ep.handles`); ``None`` when cached.
+        is_on_output_stream: all of these were allocated on the request's ``output_stream``.
     """
 
     recv_x: torch.Tensor
@@ -237,6 +238,7 @@ class DispatchResult:
     recv_topk_weights: torch.Tensor | None = None
     num_recv_tokens_per_expert: list[int] | None = None
     handle: tuple[torch.Tensor | None, ...] | None = None
+    is_on_output_stream: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -264,11 +266,12 @@ class CombineRequest:
 class CombineResult:
     """``combined_x`` bf16 ``[T, H]``: the unweighted sum over ranks.
 
-    ``combined_topk_weights``: float32 ``[T, K]`` or ``None``.
+    ``combined_topk_weights``: float32 ``[T, K]`` or ``None``. ``is_on_output_stream``: as in `DispatchResult`.
     """
 
     combined_x: torch.Tensor
     combined_topk_weights: torch.Tensor | None = None
+    is_on_output_stream: bool = False
 
 
 class NormalBackend(ABC):

@@ -11,7 +11,6 @@ import contextlib
 import logging
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from typing import Any, ClassVar
 
 import torch
@@ -20,7 +19,7 @@ import torch.distributed as dist
 from . import registry, settings, sizing, topology, validation
 from ._low_latency import LowLatencyCalls, Rows
 from ._options import DEFAULT_TIMEOUT_S, agree_on_options, ll_reduce_of, timeout_of
-from ._streams import behind, check_overlap, checked, finish
+from ._streams import behind, check_overlap, checked, finish, output_stream_for
 from .backend import (
     BufferOptions,
     GroupFacts,
@@ -485,6 +484,7 @@ class Buffer(LowLatencyCalls):
                         num_worst_tokens=num_worst_tokens,
                         num_sms=num_sms,
                         num_sms_is_exact=is_exact,
+                        output_stream=output_stream_for(x, allocate_on_comm_stream),
                         check_values=self._settings.debug,
                     )
                 else:
@@ -497,19 +497,27 @@ class Buffer(LowLatencyCalls):
                         weights=topk_weights,
                         num_sms=num_sms,
                         num_sms_is_exact=is_exact,
+                        output_stream=output_stream_for(x, allocate_on_comm_stream),
                     )
             stream = part.comm_stream if request.x.is_cuda else None
-            if stream is not None and not allocate_on_comm_stream:
-                request = replace(request, output_stream=torch.cuda.current_stream())
             with behind(stream, previous_event):
                 result = part.dispatch(request)
         new_handle = result.handle if handle is None else None
-        inputs = [request.x, request.scales, request.topk_idx, request.topk_weights, *(request.handle or ())]
-        if request.layout is not None:
-            inputs += [request.layout.num_tokens_per_rank, request.layout.is_token_in_rank]
-            inputs += [request.layout.num_tokens_per_expert, request.layout.num_tokens_per_rdma_rank]
-        outputs = [result.recv_x, result.recv_scales, result.recv_topk_idx, result.recv_topk_weights]
-        event = finish(stream, async_finish, inputs, [*outputs, *(new_handle or ())])
+        # Listed only when they are needed: this path decides how fast small batches can be sent.
+        inputs: list[torch.Tensor | None] = []
+        if async_finish:
+            inputs = [request.x, request.scales, request.topk_idx, request.topk_weights, *(request.handle or ())]
+            if request.layout is not None:
+                inputs += [request.layout.num_tokens_per_rank, request.layout.is_token_in_rank]
+                inputs += [request.layout.num_tokens_per_expert, request.layout.num_tokens_per_rdma_rank]
+        outputs = (result.recv_x, result.recv_scales, result.recv_topk_idx, result.recv_topk_weights)
+        event = finish(
+            stream,
+            async_finish,
+            inputs,
+            (*outputs, *(new_handle or ())),
+            is_on_output_stream=result.is_on_output_stream,
+        )
         rows: Rows = result.recv_x if result.recv_scales is None else (result.recv_x, result.recv_scales)
         if handle is not None:
             return rows, None, None, None, None, event
@@ -557,14 +565,14 @@ class Buffer(LowLatencyCalls):
                     bias=bias,
                     num_sms=num_sms,
                     num_sms_is_exact=is_exact,
+                    output_stream=output_stream_for(x, allocate_on_comm_stream),
                 )
             stream = part.comm_stream if request.x.is_cuda else None
-            if stream is not None and not allocate_on_comm_stream:
-                request = replace(request, output_stream=torch.cuda.current_stream())
             with behind(stream, previous_event):
                 result = part.combine(request)
         inputs = [request.x, request.topk_weights, *request.biases, *request.handle]
-        event = finish(stream, async_finish, inputs, [result.combined_x, result.combined_topk_weights])
+        outputs = (result.combined_x, result.combined_topk_weights)
+        event = finish(stream, async_finish, inputs, outputs, is_on_output_stream=result.is_on_output_stream)
         return result.combined_x, result.combined_topk_weights, event
 
     def internode_dispatch(

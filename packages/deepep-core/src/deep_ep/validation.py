@@ -165,6 +165,7 @@ def fresh_dispatch(
     num_worst_tokens: Any,
     num_sms: int,
     num_sms_is_exact: bool,
+    output_stream: torch.cuda.Stream | None = None,
     check_values: bool,
 ) -> DispatchRequest:
     """A dispatch without a handle."""
@@ -229,6 +230,7 @@ def fresh_dispatch(
         num_worst_tokens=num_worst_tokens,
         num_sms=num_sms,
         num_sms_is_exact=num_sms_is_exact,
+        output_stream=output_stream,
     )
 
 
@@ -262,6 +264,7 @@ def cached_dispatch(
     weights: Any,
     num_sms: int,
     num_sms_is_exact: bool,
+    output_stream: torch.cuda.Stream | None = None,
 ) -> DispatchRequest:
     """A dispatch that repeats the routing of an earlier one."""
     where = "dispatch (cached)"
@@ -273,7 +276,12 @@ def cached_dispatch(
         raise ArgumentError(f"{where}: x has {rows.shape[0]} tokens, the handle's dispatch had {typed.num_tokens}.")
     _same_device(where, rows.device, handle=typed.is_token_in_rank)
     return DispatchRequest(
-        x=rows, scales=scales, handle=typed.to_tuple(), num_sms=num_sms, num_sms_is_exact=num_sms_is_exact
+        x=rows,
+        scales=scales,
+        handle=typed.to_tuple(),
+        num_sms=num_sms,
+        num_sms_is_exact=num_sms_is_exact,
+        output_stream=output_stream,
     )
 
 
@@ -287,6 +295,7 @@ def combine(
     bias: Any,
     num_sms: int,
     num_sms_is_exact: bool,
+    output_stream: torch.cuda.Stream | None = None,
 ) -> CombineRequest:
     """A normal-mode combine."""
     where = "combine"
@@ -327,6 +336,7 @@ def combine(
         biases=tuple(biases),
         num_sms=num_sms,
         num_sms_is_exact=num_sms_is_exact,
+        output_stream=output_stream,
     )
 
 

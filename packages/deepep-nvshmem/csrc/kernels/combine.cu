@@ -272,7 +272,6 @@ struct Shared {
     Pipeline pipeline;
 #endif
     uint64_t staging_barriers[kMaxRanks][kMaxStagingLanes];
-    int64_t first_rows[kMaxRanks + 1];  // of each source, in what this rank received; relaying warps fill and read it
 };
 
 // The block that finishes last waits until no rank reads this one's rows any more.
@@ -329,14 +328,9 @@ __global__ void __launch_bounds__((kFirstPushWarp + kMaxPushWarpsHere) * 32, 1) 
 
     const int warp = threadIdx.x / 32;
     const int reader = warp - kNumSumWarps;
-#if DEEPEP_HAS_BULK
     if (warp >= kFirstPushWarp && args.relay != nullptr) {
-        const int relayer = warp - kFirstPushWarp;
-        Relay relay(args, context, shared.first_rows, dynamic + relayer * args.num_staging_lanes * args.num_lane_bytes, shared.staging_barriers[relayer]);
-        if (threadIdx.x % 32 == 0 && !shared.handshake.is_failed) relay.run();
-    } else
-#endif
-    if (warp >= kFirstPushWarp) {
+        if (!shared.handshake.is_failed) relay_rows(args, context);
+    } else if (warp >= kFirstPushWarp) {
         push_own_rows(args, context, shared.handshake, warp - kFirstPushWarp, dynamic, shared.staging_barriers[warp - kFirstPushWarp]);
 #if DEEPEP_HAS_BULK
     } else if (args.use_bulk) {

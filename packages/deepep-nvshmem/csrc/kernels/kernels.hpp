@@ -62,6 +62,7 @@ struct NotifyArgs {
     const bool* is_token_in_rank;
     const int32_t* num_bad_indices;   // or null
     int32_t* rank_prefix;             // [N, N]
+    int32_t* first_rows;              // [N], or null: first row of each source at this rank
     int32_t* send_head;               // [T, N]
     int32_t* recv_tokens_per_expert;  // [L], or null
     uint32_t ticket;                  // 0: nothing for the host
@@ -131,7 +132,7 @@ struct CombineArgs {
     int num_stage_row_bytes;
     int num_load_warps;
     int num_push_warps;     // warps that push (staged: one for each other rank) or relay, else 0
-    int num_staging_lanes;  // rows that each of them carries at once; stages of each that relays
+    int num_staging_lanes;  // rows that each of them carries at once
     int num_lane_bytes;     // shared memory of each
     int num_dynamic_bytes;  // shared memory
 };

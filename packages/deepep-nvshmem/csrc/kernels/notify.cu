@@ -132,6 +132,7 @@ __device__ void publish_counts(const NotifyArgs& args, const WaitContext& contex
     }
     if (args.rank_prefix != nullptr && tid < num_ranks * num_ranks)
         args.rank_prefix[tid] = shared.prefix[tid / num_ranks][tid % num_ranks];
+    if (args.first_rows != nullptr && tid < num_ranks) args.first_rows[tid] = tid == 0 ? 0 : shared.prefix[tid - 1][domain.rank];
     if (args.ticket == 0) return;
     if (tid < num_ranks * kNumHeaderWords)
         record->headers[tid / kNumHeaderWords][tid % kNumHeaderWords] = shared.headers[tid / kNumHeaderWords][tid % kNumHeaderWords];

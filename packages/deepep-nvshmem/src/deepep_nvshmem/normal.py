@@ -9,7 +9,7 @@ import contextlib
 import itertools
 import statistics
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -133,7 +133,8 @@ class NvlinkNormal(NormalBackend):
         _on_cuda(request.x, "dispatch")
         runtime = self._alive("cached_dispatch")
         handle = IntranodeHandle.from_tuple(request.handle)
-        outputs = self._outputs(request, handle.num_recv_tokens, 0, with_source=False)
+        with _allocating_on(request.output_stream):
+            outputs = self._outputs(request, handle.num_recv_tokens, 0, with_source=False)
         self._launch_dispatch(
             runtime,
             request,
@@ -145,7 +146,9 @@ class NvlinkNormal(NormalBackend):
         self._num_calls += 1
         outputs = outputs.first_rows(handle.num_recv_tokens)
         assert outputs.x is not None
-        return DispatchResult(recv_x=outputs.x, recv_scales=outputs.scales)
+        return DispatchResult(
+            recv_x=outputs.x, recv_scales=outputs.scales, is_on_output_stream=request.output_stream is not None
+        )
 
     def _fresh_dispatch(self, request: DispatchRequest) -> DispatchResult:
         runtime = self._alive("dispatch")
@@ -162,19 +165,26 @@ class NvlinkNormal(NormalBackend):
         num_local = num_experts // num_ranks
         if num_local > MAX_LOCAL_EXPERTS:
             self._refuse_and_raise(f"num_experts is {num_experts}; at most {MAX_LOCAL_EXPERTS} experts per rank.")
-        # A row of zeros above the prefix sums makes "first row of each source" a view of the same memory.
-        padded_prefix = torch.zeros((num_ranks + 1, num_ranks), dtype=torch.int32, device=device)
-        rank_prefix = padded_prefix[1:]
-        send_head = torch.empty((num_tokens, num_ranks), dtype=torch.int32, device=device)
-        header = self._header("dispatch", request)
         waits = request.num_worst_tokens == 0
         if waits and torch.cuda.is_current_stream_capturing():
             self._refuse_and_raise(
                 "a CUDA graph is being captured; pass num_worst_tokens, so that the host need not wait."
             )
+        num_topk = request.topk_idx.shape[1] if request.topk_idx is not None else 0
+        # Blocks of the size that the last call needed are taken before the counts are known: most often they are right
+        # again, and between the counts and the launch the GPU idles.
+        guess = self._last_num_recv if waits else request.num_worst_tokens
+        with _allocating_on(request.output_stream):
+            numbers = torch.empty(num_ranks * (num_ranks + 1 + num_tokens), dtype=torch.int32, device=device)
+            outputs = self._outputs(request, guess, num_topk, with_source=True)
+        heads, prefixes = numbers.split((num_tokens * num_ranks, num_ranks * (num_ranks + 1)))
+        send_head = heads.view(num_tokens, num_ranks)
+        rank_prefix = prefixes[: num_ranks * num_ranks].view(num_ranks, num_ranks)
+        first_rows = prefixes[num_ranks * num_ranks :].view(num_ranks, 1)
+        sequence, self._num_calls = self._num_calls, self._num_calls + 1
         ticket = next(self._tickets) if waits else 0
         runtime.notify(
-            fields=_fields(header),
+            fields=_fields(sequence, request),
             num_tokens=num_tokens,
             num_experts=num_experts,
             expert_alignment=request.expert_alignment,
@@ -187,19 +197,15 @@ class NvlinkNormal(NormalBackend):
             num_bad_indices=0,
             ticket=ticket,
             stream=_stream(),
+            first_rows=first_rows.data_ptr(),
         )
-        self._num_calls += 1
-        num_topk = request.topk_idx.shape[1] if request.topk_idx is not None else 0
-        # While the counts travel, take blocks of the size that the last call needed: it is most often right again, and
-        # from the counts to the launch the GPU idles.
-        guess = self._last_num_recv if waits else request.num_worst_tokens
-        outputs = self._outputs(request, guess, num_topk, with_source=True)
-        counts = self._wait_counts(runtime, ticket, header) if waits else None
+        counts = self._wait_counts(runtime, ticket, lambda: _header(sequence, request)) if waits else None
         num_recv = request.num_worst_tokens
         if counts is not None:
             self._last_num_recv = num_recv = counts.num_recv_tokens
             if num_recv > outputs.capacity or _size_class(max(num_recv, 1)) < outputs.capacity:
-                outputs = self._outputs(request, num_recv, num_topk, with_source=True)
+                with _allocating_on(request.output_stream):
+                    outputs = self._outputs(request, num_recv, num_topk, with_source=True)
         self._launch_dispatch(
             runtime,
             request,
@@ -214,7 +220,7 @@ class NvlinkNormal(NormalBackend):
         handle = IntranodeHandle(
             rank_prefix_matrix=rank_prefix,
             channel_prefix_matrix=layout.num_tokens_per_rank.view(num_ranks, 1),
-            recv_channel_prefix_matrix=padded_prefix[:-1, self._facts.rank : self._facts.rank + 1],
+            recv_channel_prefix_matrix=first_rows,
             recv_src_idx=outputs.src_idx,
             is_token_in_rank=layout.is_token_in_rank,
             send_head=send_head,
@@ -226,6 +232,7 @@ class NvlinkNormal(NormalBackend):
             recv_topk_weights=outputs.topk_weights,
             num_recv_tokens_per_expert=list(counts.num_recv_tokens_per_expert) if counts is not None else [],
             handle=handle.to_tuple(),
+            is_on_output_stream=request.output_stream is not None,
         )
 
     def _launch_dispatch(
@@ -300,7 +307,11 @@ class NvlinkNormal(NormalBackend):
         )
         self._num_calls += 1
         self._placement = {"x": "pulled in place" if how == "pull" else how}
-        return CombineResult(combined_x=combined, combined_topk_weights=combined_weights)
+        return CombineResult(
+            combined_x=combined,
+            combined_topk_weights=combined_weights,
+            is_on_output_stream=request.output_stream is not None,
+        )
 
     def _relay(self, runtime: Any, request: CombineRequest) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """Room in symmetric memory for expert outputs that peers cannot reach, and weights that they can.
@@ -383,12 +394,11 @@ class NvlinkNormal(NormalBackend):
         def allocate() -> list[torch.Tensor | None]:
             return [torch.empty(s[0], dtype=s[1], device=x.device) if s is not None else None for s in shapes]
 
-        with _allocating_on(request.output_stream):
-            try:
-                with self._arena.allocate_here():
-                    blocks = allocate()
-            except torch.OutOfMemoryError:
+        try:
+            with self._arena.allocate_here():
                 blocks = allocate()
+        except torch.OutOfMemoryError:
+            blocks = allocate()
         return _Outputs(capacity, *blocks)
 
     @contextlib.contextmanager
@@ -452,7 +462,7 @@ class NvlinkNormal(NormalBackend):
             self._broken = str(error)
         return error
 
-    def _wait_counts(self, runtime: Any, ticket: int, header: CallHeader) -> Any:
+    def _wait_counts(self, runtime: Any, ticket: int, header: Callable[[], CallHeader]) -> Any:
         # The kernel has its own deadline and reports who is missing; the host waits a little longer to hear it.
         counts = runtime.wait_counts(ticket, self._timeout_s * 1.25 + 5)
         record = runtime.error()
@@ -468,7 +478,7 @@ class NvlinkNormal(NormalBackend):
             )
         if record is not None or counts.mismatch_mask or counts.bad_count_mask:
             runtime.clear_error()
-            self._explain(header)
+            self._explain(header())
         return counts
 
     def _explain(self, header: CallHeader) -> None:
@@ -489,37 +499,19 @@ class NvlinkNormal(NormalBackend):
         if operation != "dispatch" or self._runtime is None or self._broken:
             return
         header = CallHeader(operation="dispatch", sequence=self._num_calls, refusal=reason)
+        self._num_calls += 1
         with torch.cuda.stream(self._stream):
             ticket = next(self._tickets)
             self._runtime.refuse(
-                fields=_fields(header),
+                fields=[],
                 num_experts=self._facts.num_ranks,
                 reason=_REFUSED,
                 ticket=ticket,
                 stream=_stream(),
             )
-            self._num_calls += 1
             # What the peers say to this has no place in the caller's own error.
             with contextlib.suppress(DeepEPError):
-                self._wait_counts(self._runtime, ticket, header)
-
-    def _header(self, operation: str, request: DispatchRequest) -> CallHeader:
-        assert request.layout is not None
-        scales = request.scales
-        return CallHeader(
-            operation=operation,
-            sequence=self._num_calls,
-            hidden=request.x.shape[1],
-            dtype=dtype_code(request.x.dtype),
-            num_scales=scales.shape[1] if scales is not None else 0,
-            scale_dtype=dtype_code(scales.dtype) if scales is not None else 0,
-            num_experts=request.layout.num_tokens_per_expert.numel(),
-            num_topk=request.topk_idx.shape[1] if request.topk_idx is not None else 0,
-            has_weights=int(request.topk_weights is not None),
-            expert_alignment=request.expert_alignment,
-            num_worst_tokens=request.num_worst_tokens,
-            num_tokens=request.x.shape[0],
-        )
+                self._wait_counts(self._runtime, ticket, lambda: header)
 
     def abort(self) -> None:
         if self._runtime is not None:
@@ -551,19 +543,40 @@ class NvlinkNormal(NormalBackend):
         self._arena.close()
 
 
-def _fields(header: CallHeader) -> list[int]:
-    """What ranks compare on the device, as non-negative 32-bit numbers."""
+def _fields(sequence: int, request: DispatchRequest) -> list[int]:
+    """What ranks compare on the device, as non-negative 32-bit numbers; `_header` says the same at length."""
+    x, scales = request.x, request.scales
     return [
-        header.sequence & 0x7FFFFFFF,
-        header.hidden,
-        header.dtype,
-        header.num_scales,
-        header.scale_dtype,
-        header.num_topk,
-        header.has_weights,
-        header.expert_alignment,
-        header.num_worst_tokens,
+        sequence & 0x7FFFFFFF,
+        x.shape[1],
+        dtype_code(x.dtype),
+        scales.shape[1] if scales is not None else 0,
+        dtype_code(scales.dtype) if scales is not None else 0,
+        request.topk_idx.shape[1] if request.topk_idx is not None else 0,
+        int(request.topk_weights is not None),
+        request.expert_alignment,
+        request.num_worst_tokens,
     ]
+
+
+def _header(sequence: int, request: DispatchRequest) -> CallHeader:
+    """This rank's side of a fresh dispatch, for the exchange that explains a disagreement."""
+    assert request.layout is not None
+    scales = request.scales
+    return CallHeader(
+        operation="dispatch",
+        sequence=sequence,
+        hidden=request.x.shape[1],
+        dtype=dtype_code(request.x.dtype),
+        num_scales=scales.shape[1] if scales is not None else 0,
+        scale_dtype=dtype_code(scales.dtype) if scales is not None else 0,
+        num_experts=request.layout.num_tokens_per_expert.numel(),
+        num_topk=request.topk_idx.shape[1] if request.topk_idx is not None else 0,
+        has_weights=int(request.topk_weights is not None),
+        expert_alignment=request.expert_alignment,
+        num_worst_tokens=request.num_worst_tokens,
+        num_tokens=request.x.shape[0],
+    )
 
 
 @contextlib.contextmanager
