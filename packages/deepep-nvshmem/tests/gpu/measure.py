@@ -190,6 +190,7 @@ def main() -> None:
             bench.combine("", bench.bf16)
             bench.combine("with weights", bench.bf16, weights=True)
         elif what == "staged":
+            bench.combine("relayed", replace(bench.bf16, relay=True, **staged))
             bench.combine("staged", replace(bench.bf16, **staged))
             bench.combine("staged with weights", replace(bench.bf16, **staged), weights=True)
             bench.dispatch("fp8 staged", replace(bench.fp8, **staged), cached=False)

@@ -291,6 +291,13 @@ def test_memory_out_of_reach_goes_through_the_staging_window(case: Case, num_slo
     run(dataclasses.replace(case, use_bulk=use_bulk), staging_bytes=case.num_ranks * num_slots * 8192)
 
 
+@pytest.mark.parametrize("use_bulk", [True, False], ids=["bulk", "plain"])
+@pytest.mark.parametrize("num_slots", [2048, 16], ids=["small-chunks", "large-chunks"])
+@pytest.mark.parametrize("case", STAGED, ids=lambda case: case.name)
+def test_outputs_out_of_reach_are_relayed(case: Case, num_slots: int, use_bulk: bool) -> None:
+    run(dataclasses.replace(case, use_bulk=use_bulk, relay=True), staging_bytes=case.num_ranks * num_slots * 8192)
+
+
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_memory_exported_and_imported_as_file_descriptors_serves(num_ranks: int) -> None:
     run(Case(num_tokens=(150, 140, 130, 0)[:num_ranks], hidden_bytes=2048, num_topk=8, num_experts=64), symmetric=True)

@@ -36,6 +36,7 @@ class Case:
     num_sms: int = 8
     use_bulk: bool = True
     staged: tuple[bool, ...] = ()  # per rank: outputs and y outside the arena
+    relay: bool = False  # y outside the arena gets room for a relay
     num_biases: int = 0
     seed: int = 0
 
@@ -354,6 +355,7 @@ class Back:
     biases: list[torch.Tensor]
     out: torch.Tensor
     out_weights: torch.Tensor
+    relay: torch.Tensor | None
 
 
 def make_back(world: World, case: Case, rank: int, num_rows: int) -> Back:
@@ -362,7 +364,9 @@ def make_back(world: World, case: Case, rank: int, num_rows: int) -> Back:
     t = case.num_tokens[rank]
     y = world.tensor(rank, (num_rows, case.hidden_bytes // 2), torch.bfloat16, symmetric=not is_staged(case, rank))
     y.copy_(random_rows((num_rows, case.hidden_bytes), torch.bfloat16, device, g))
-    weights = world.tensor(rank, (num_rows, case.num_topk), torch.float32, symmetric=not is_staged(case, rank))
+    relays = case.relay and is_staged(case, rank)
+    has_reach = relays or not is_staged(case, rank)
+    weights = world.tensor(rank, (num_rows, case.num_topk), torch.float32, symmetric=has_reach)
     weights.copy_(torch.rand((num_rows, case.num_topk), device=device, generator=g))
     return Back(
         y=y,
@@ -370,6 +374,7 @@ def make_back(world: World, case: Case, rank: int, num_rows: int) -> Back:
         biases=[random_rows((t, case.hidden_bytes), torch.bfloat16, device, g) for _ in range(case.num_biases)],
         out=world.tensor(rank, (t, case.hidden_bytes // 2), torch.bfloat16, symmetric=False),
         out_weights=world.tensor(rank, (t, case.num_topk), torch.float32, symmetric=False),
+        relay=world.tensor(rank, tuple(y.shape), torch.bfloat16, symmetric=True) if relays else None,
     )
 
 
@@ -396,6 +401,7 @@ def combine(
                 num_sms=case.num_sms,
                 stream=stream.cuda_stream,
                 use_bulk=case.use_bulk,
+                relay=b.relay.data_ptr() if b.relay is not None else 0,
                 **tuning,
             )
         )
