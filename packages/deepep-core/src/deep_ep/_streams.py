@@ -10,7 +10,7 @@ import torch
 
 from .backend import LowLatencyBackend, NormalBackend, Operation
 from .errors import ArgumentError
-from .events import EventHandle, EventOverlap
+from .events import EventHandle, EventOverlap, use_stream
 
 Hook = Callable[[], None]
 
@@ -50,8 +50,8 @@ def behind(stream: torch.cuda.Stream | None, previous_event: Any) -> Iterator[No
     if event is not None:
         event.stream_wait(stream)
     else:
-        stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
+        stream.wait_stream(torch.cuda.current_stream(stream.device_index))
+    with use_stream(stream):
         yield
 
 
@@ -70,7 +70,7 @@ def finish(
     """
     if stream is None:
         return EventOverlap(EventHandle()) if async_finish else EventOverlap(None)
-    current = torch.cuda.current_stream()
+    current = torch.cuda.current_stream(stream.device_index)
     if not is_on_output_stream:
         for tensor in outputs:
             if tensor is not None and tensor.is_cuda:
@@ -89,7 +89,7 @@ def output_stream_for(x: Any, allocate_on_comm_stream: bool) -> torch.cuda.Strea
     rows = x[0] if isinstance(x, (tuple, list)) and x else x
     if allocate_on_comm_stream or not getattr(rows, "is_cuda", False):
         return None
-    return torch.cuda.current_stream()
+    return torch.cuda.current_stream(rows.device.index)
 
 
 def event_of(previous_event: Any) -> Any:

@@ -5,10 +5,27 @@ Where there is no CUDA device all work is done when a call returns, so an event 
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
 
 import torch
+
+
+@contextlib.contextmanager
+def use_stream(stream: torch.cuda.Stream) -> Iterator[None]:
+    """Make a stream of the current device current.
+
+    Does what ``torch.cuda.stream`` does for the one case that is needed here, without asking several times which device
+    is current: a call on a buffer changes streams often enough for that to show.
+    """
+    previous = torch.cuda.current_stream(stream.device_index)
+    torch.cuda.set_stream(stream)
+    try:
+        yield
+    finally:
+        torch.cuda.set_stream(previous)
 
 
 class EventHandle:

@@ -43,6 +43,7 @@ class SymmetricArena:
         self._arena: Any = None
         self._heap: Any = None
         self._is_closed = False
+        self._device_index = facts.device.index
         self._thread = threading.local()
         self._allocator: Any = None
         channel, phase = facts.channel, "construction"
@@ -113,7 +114,7 @@ class SymmetricArena:
         previous = self._extension.set_current_heap(self._heap)
         self._thread.is_inside = True
         try:
-            with torch.cuda.use_mem_pool(self._thread.pool):
+            with torch.cuda.use_mem_pool(self._thread.pool, device=self._device_index):
                 yield
         finally:
             self._thread.is_inside = False
@@ -146,6 +147,10 @@ def _whole_granules(num_bytes: int) -> int:
 
 
 def _close_retired() -> None:
+    """Release the arenas of destroyed buffers in which no tensor lives any more."""
+    if any(not arena._is_empty() for arena in _retired):
+        # Tensors that outlived their buffer have gone to torch's cache of a pool that nobody uses any more.
+        torch.cuda.empty_cache()
     for arena in [a for a in _retired if a._is_empty()]:
         _retired.remove(arena)
         arena._release()

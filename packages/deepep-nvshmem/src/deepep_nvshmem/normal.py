@@ -26,6 +26,7 @@ from deep_ep.backend import (
     Operation,
 )
 from deep_ep.errors import ArgumentError, BufferStateError, DeepEPError, PeersDisagreeError, PeerTimeoutError
+from deep_ep.events import use_stream
 from deep_ep.handles import IntranodeHandle
 from deep_ep.headers import CallHeader, dtype_code, judge
 
@@ -97,6 +98,10 @@ class NvlinkNormal(NormalBackend):
 
     # --- calls ------------------------------------------------------------------------------------------------------
 
+    def _current(self) -> int:
+        """Handle of the stream to launch on."""
+        return int(torch.cuda.current_stream(self._facts.device.index).cuda_stream)
+
     @property
     def comm_stream(self) -> torch.cuda.Stream:
         return self._stream
@@ -118,7 +123,7 @@ class NvlinkNormal(NormalBackend):
             num_tokens_per_expert=per_expert.data_ptr(),
             is_token_in_rank=is_token_in_rank.data_ptr(),
             num_bad_indices=0,
-            stream=_stream(),
+            stream=self._current(),
         )
         return DispatchLayout(
             num_tokens_per_rank=per_rank,
@@ -196,7 +201,7 @@ class NvlinkNormal(NormalBackend):
             recv_tokens_per_expert=0,
             num_bad_indices=0,
             ticket=ticket,
-            stream=_stream(),
+            stream=self._current(),
             first_rows=first_rows.data_ptr(),
         )
         counts = self._wait_counts(runtime, ticket, lambda: _header(sequence, request)) if waits else None
@@ -271,7 +276,7 @@ class NvlinkNormal(NormalBackend):
             capacity=outputs.capacity,
             fill_unused=fill_unused,
             num_sms=self._num_sms(request),
-            stream=_stream(),
+            stream=self._current(),
         )
         self._placement = {"recv_x": "in place" if how == "in_place" else how}
 
@@ -302,7 +307,7 @@ class NvlinkNormal(NormalBackend):
             out=combined.data_ptr(),
             out_topk_weights=_address(combined_weights),
             num_sms=self._num_sms(request),
-            stream=_stream(),
+            stream=self._current(),
             relay=_address(relay),
         )
         self._num_calls += 1
@@ -364,7 +369,7 @@ class NvlinkNormal(NormalBackend):
                     num_rows=_LIMIT_ROWS,
                     num_row_bytes=_LIMIT_ROW_BYTES,
                     num_sms=num_sms,
-                    stream=_stream(),
+                    stream=self._current(),
                 )
             end.record()
             end.synchronize()
@@ -500,14 +505,14 @@ class NvlinkNormal(NormalBackend):
             return
         header = CallHeader(operation="dispatch", sequence=self._num_calls, refusal=reason)
         self._num_calls += 1
-        with torch.cuda.stream(self._stream):
+        with use_stream(self._stream):
             ticket = next(self._tickets)
             self._runtime.refuse(
                 fields=[],
                 num_experts=self._facts.num_ranks,
                 reason=_REFUSED,
                 ticket=ticket,
-                stream=_stream(),
+                stream=self._current(),
             )
             # What the peers say to this has no place in the caller's own error.
             with contextlib.suppress(DeepEPError):
@@ -585,18 +590,14 @@ def _allocating_on(stream: torch.cuda.Stream | None) -> Iterator[None]:
     if stream is None:
         yield
         return
-    current = torch.cuda.current_stream()
-    with torch.cuda.stream(stream):
+    current = torch.cuda.current_stream(stream.device_index)
+    with use_stream(stream):
         yield
     current.wait_stream(stream)
 
 
 def _address(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
-
-
-def _stream() -> int:
-    return int(torch.cuda.current_stream().cuda_stream)
 
 
 def _on_cuda(tensor: torch.Tensor, call: str) -> None:
