@@ -12,7 +12,7 @@ import itertools
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -58,8 +58,8 @@ class Measurement:
         physical_bytes: what has to leave a rank for other ranks, mean over ranks: one copy of a row for each other rank
             that needs it (all-gather + reduce-scatter: every row to every other rank).
         logical_bytes: the same with the copies that stay on their own rank.
-        wire_efficiency: physical bytes per second as a share of the push limit measured in this run; ``None`` unless
-            the backend can measure it.
+        wire_efficiency: physical bytes per second as a share of the best push limit measured in this run, at whichever
+            SM count; ``None`` unless the backend can measure it.
         failure: why this contender could not run here; then there are no figures.
     """
 
@@ -200,10 +200,16 @@ class Session:
                     result.push_limit_gbps[num_sms or Buffer.num_sms] = limit
                 for operation in ours:
                     advance(f"{operation.contender}: {operation.name}")
-                    result.measurements.append(self.measure(operation, num_sms, limit))
+                    result.measurements.append(self.measure(operation, num_sms))
             for operation in rivals:
                 advance(f"{operation.contender}: {operation.name}")
-                result.measurements.append(self.measure(operation, None, None))
+                result.measurements.append(self.measure(operation, None))
+        if result.push_limit_gbps:
+            best = max(result.push_limit_gbps.values())
+            result.measurements = [
+                replace(m, wire_efficiency=m.physical_gbps / best) if m.contender == "deep_ep" else m
+                for m in result.measurements
+            ]
         result.faults += self.faults("after")
 
     # --- what is timed ------------------------------------------------------------------------------------------------
@@ -311,7 +317,7 @@ class Session:
 
     # --- the clock ----------------------------------------------------------------------------------------------------
 
-    def measure(self, operation: Operation, num_sms: int | None, limit_gbps: float | None = None) -> Measurement:
+    def measure(self, operation: Operation, num_sms: int | None) -> Measurement:
         """Time one operation. Collective; the same result on every rank."""
         failure = ""
         times: list[float] = []
@@ -341,7 +347,6 @@ class Session:
             slowest=tenths[-1],
             physical_bytes=physical,
             logical_bytes=logical,
-            wire_efficiency=physical / seconds / 1e9 / limit_gbps if limit_gbps else None,
         )
 
     def _chain(self, call: Callable[[InputSet], Any]) -> list[float]:
