@@ -45,6 +45,7 @@ def bench(
     dtype: Annotated[
         str | None, typer.Option(help="Of dispatched rows: bf16 or fp8. [fp8 on GPU, bf16 on CPU]")
     ] = None,
+    routing: Annotated[str, typer.Option(help="uniform, or skewed: half of all rows go to rank 0.")] = "uniform",
     num_sms: Annotated[
         str, typer.Option(help="SM counts to measure at, with commas: 8,16,24. Empty: the backend's choice.")
     ] = "",
@@ -75,6 +76,7 @@ def bench(
         topk=topk,
         experts=experts,
         dtype=dtype,
+        routing=routing,
         num_sms=sm_counts(num_sms),
         iterations=iterations,
         warmup=warmup,
@@ -114,6 +116,7 @@ def bench_settings(
     topk: int,
     experts: int | None,
     dtype: str | None,
+    routing: str = "uniform",
     num_sms: tuple[int, ...],
     iterations: int,
     warmup: int,
@@ -126,6 +129,8 @@ def bench_settings(
         raise typer.BadParameter(f"'{mode}' is not one of normal, low-latency.", param_hint="--mode")
     if dtype not in (None, "bf16", "fp8"):
         raise typer.BadParameter(f"'{dtype}' is not one of bf16, fp8.", param_hint="--dtype")
+    if routing not in ("uniform", "skewed"):
+        raise typer.BadParameter(f"'{routing}' is not one of uniform, skewed.", param_hint="--routing")
     world = ranks.world_size(num_ranks or (torch.cuda.device_count() if device != "cpu" else 0) or 4)
     local = int(os.environ.get("LOCAL_WORLD_SIZE", "1")) if launched_externally() else world
     chosen = ranks.choose_device(device, local)
@@ -138,6 +143,7 @@ def bench_settings(
         experts=experts or -(-usual[2] // world) * world,
         dtype=dtype or ("fp8" if chosen == "cuda" else "bf16"),  # type: ignore[arg-type]
         num_ranks=world,
+        routing=routing,  # type: ignore[arg-type]
     )
     if shape.experts % world:
         raise typer.BadParameter(
@@ -145,6 +151,10 @@ def bench_settings(
         )
     if shape.topk > shape.experts:
         raise typer.BadParameter(f"top-{shape.topk} of {shape.experts} experts.", param_hint="--topk")
+    if shape.routing == "skewed" and shape.topk > shape.experts // world:
+        raise typer.BadParameter(
+            f"rank 0 has {shape.experts // world} experts, too few for a token's {shape.topk}.", param_hint="--routing"
+        )
     if shape.dtype == "fp8" and shape.hidden % 128:
         raise typer.BadParameter(
             f"{shape.hidden} is not a multiple of 128, the block of an FP8 scale.", param_hint="--hidden"

@@ -16,12 +16,17 @@ import torch
 from .. import nn
 
 RowType = Literal["bf16", "fp8"]
+Routing = Literal["uniform", "skewed"]
 _BLOCK_ROWS = 1024  # rows hashed at a time, to bound memory
 
 
 @dataclass(frozen=True, kw_only=True)
 class Shape:
-    """What is moved. ``tokens`` is per rank; ``dtype`` that of dispatched rows (combine moves bf16)."""
+    """What is moved.
+
+    ``tokens`` is per rank; ``dtype`` that of dispatched rows (combine moves bf16). ``routing``: ``skewed`` sends half
+    of all rows to rank 0.
+    """
 
     mode: Literal["normal", "low_latency"]
     tokens: int
@@ -30,6 +35,20 @@ class Shape:
     experts: int
     dtype: RowType
     num_ranks: int
+    routing: Routing = "uniform"
+
+    @property
+    def skewed_share(self) -> float:
+        """Share of the tokens that choose experts of rank 0 only, so that rank 0 is sent half of all rows.
+
+        A token that chooses uniformly goes to ``u`` ranks on average, ``u / N`` of them rank 0. With a share ``p`` of
+        the others: ``p + (1 - p) u / N = (p + (1 - p) u) / 2``.
+        """
+        if self.routing == "uniform":
+            return 0.0
+        spread = self.num_ranks * (1 - (1 - 1 / self.num_ranks) ** self.topk)
+        missing = max(0.0, spread / 2 - spread / self.num_ranks)
+        return missing / (missing + 0.5)
 
     @property
     def dispatch_row_bytes(self) -> int:
@@ -41,9 +60,12 @@ class Shape:
 
 
 def choices(shape: Shape, rank: int, seed: int) -> torch.Tensor:
-    """int64 ``[T, K]`` different experts, uniformly random; the same wherever it is computed."""
+    """int64 ``[T, K]`` different experts, random; the same wherever it is computed."""
     generator = torch.Generator().manual_seed((seed * 4099 + rank) * 2 + 1)
-    return torch.rand(shape.tokens, shape.experts, generator=generator).topk(shape.topk, dim=-1).indices
+    appeal = torch.rand(shape.tokens, shape.experts, generator=generator)
+    is_skewed = torch.rand(shape.tokens, generator=generator) < shape.skewed_share
+    appeal[:, shape.experts // shape.num_ranks :].masked_fill_(is_skewed[:, None], -1.0)
+    return appeal.topk(shape.topk, dim=-1).indices
 
 
 def choice_weights(shape: Shape, rank: int, seed: int) -> torch.Tensor:
