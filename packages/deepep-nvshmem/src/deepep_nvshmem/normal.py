@@ -95,6 +95,7 @@ class NvlinkNormal(NormalBackend):
         self._placement: dict[str, str] = {}
         self._broken = ""
         self._last_num_recv = 0
+        self._scratch: torch.Tensor | None = None  # made when somebody asks for it; no kernel uses it
         # Peers may store to this arena as soon as they leave the constructor: it has to be zeroed everywhere first.
         facts.channel.all_agree(True, phase="construction", timeout_s=options.timeout_s)
 
@@ -414,7 +415,9 @@ class NvlinkNormal(NormalBackend):
         return dict(self._placement)
 
     def local_tensor(self, num_bytes: int) -> torch.Tensor:
-        return torch.zeros(num_bytes, dtype=torch.uint8, device=self._facts.device)
+        if self._scratch is None or self._scratch.numel() < num_bytes:
+            self._scratch = torch.zeros(num_bytes, dtype=torch.uint8, device=self._facts.device)
+        return self._scratch
 
     # --- faults -----------------------------------------------------------------------------------------------------
 
@@ -544,6 +547,7 @@ class NvlinkNormal(NormalBackend):
         self._stream.synchronize()
         runtime.close()
         self._arena.close()
+        self._scratch = None
 
 
 def _fields(sequence: int, request: DispatchRequest) -> list[int]:
