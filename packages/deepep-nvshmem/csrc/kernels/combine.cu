@@ -323,8 +323,8 @@ __global__ void __launch_bounds__((kFirstPushWarp + kMaxPushWarpsHere) * 32, 1) 
         }
         ptx::fence_mbarrier_init();
     }
-    __syncthreads();
 #endif
+    __syncthreads();
 
     const int warp = threadIdx.x / 32;
     const int reader = warp - kNumSumWarps;
