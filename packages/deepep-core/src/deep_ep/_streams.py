@@ -28,6 +28,7 @@ def checked(part: NormalBackend | LowLatencyBackend, operation: Operation) -> It
 def check_overlap(
     where: str, previous_event: Any, async_finish: bool, allocate_on_comm_stream: bool, hook: bool = False
 ) -> None:
+    """Raise `ArgumentError` for stream arguments that contradict one another."""
     if previous_event is not None and not hasattr(previous_event, "current_stream_wait"):
         raise ArgumentError(
             f"{where}: previous_event is a {type(previous_event).__name__}; it has to be an EventOverlap or None."
@@ -84,10 +85,14 @@ def finish(
     return EventOverlap(EventHandle(stream))
 
 
-def output_stream_for(x: Any, allocate_on_comm_stream: bool) -> torch.cuda.Stream | None:
-    """Where a backend should allocate the outputs of a call on ``x`` (rows, or rows and scales)."""
+def output_stream_for(x: Any, previous_event: Any, allocate_on_comm_stream: bool) -> torch.cuda.Stream | None:
+    """Where a backend should allocate the outputs of a call on ``x`` (rows, or rows and scales).
+
+    Memory of the current stream is the cheapest, but then the communication stream has to wait for that stream. A
+    caller who named an event instead wants the two to overlap: outputs then come from the communication stream.
+    """
     rows = x[0] if isinstance(x, (tuple, list)) and x else x
-    if allocate_on_comm_stream or not getattr(rows, "is_cuda", False):
+    if allocate_on_comm_stream or event_of(previous_event) is not None or not getattr(rows, "is_cuda", False):
         return None
     return torch.cuda.current_stream(rows.device.index)
 

@@ -136,7 +136,6 @@ class Buffer(LowLatencyCalls):
 
         own, options, request = agree_on_options(channel, own_options)
         self._settings = own
-        self._options = options
         device_index = torch.cuda.current_device() if torch.cuda.is_available() else -1
         nodes = topology.agree(
             channel, device_index=device_index, ranks_per_node=own.ranks_per_node, timeout_s=options.timeout_s
@@ -457,7 +456,7 @@ class Buffer(LowLatencyCalls):
                         num_worst_tokens=num_worst_tokens,
                         num_sms=num_sms,
                         num_sms_is_exact=is_exact,
-                        output_stream=output_stream_for(x, allocate_on_comm_stream),
+                        output_stream=output_stream_for(x, previous_event, allocate_on_comm_stream),
                         check_values=self._settings.debug,
                     )
                 else:
@@ -470,7 +469,7 @@ class Buffer(LowLatencyCalls):
                         weights=topk_weights,
                         num_sms=num_sms,
                         num_sms_is_exact=is_exact,
-                        output_stream=output_stream_for(x, allocate_on_comm_stream),
+                        output_stream=output_stream_for(x, previous_event, allocate_on_comm_stream),
                     )
             stream = part.comm_stream if request.x.is_cuda else None
             with behind(stream, previous_event):
@@ -538,7 +537,7 @@ class Buffer(LowLatencyCalls):
                     bias=bias,
                     num_sms=num_sms,
                     num_sms_is_exact=is_exact,
-                    output_stream=output_stream_for(x, allocate_on_comm_stream),
+                    output_stream=output_stream_for(x, previous_event, allocate_on_comm_stream),
                 )
             stream = part.comm_stream if request.x.is_cuda else None
             with behind(stream, previous_event):
