@@ -7,7 +7,7 @@ another call, an argument that has to agree and does not, or a rank that refused
 from __future__ import annotations
 
 import struct
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import get_args
 
 import torch
@@ -176,8 +176,3 @@ def judge(headers: list[CallHeader], ranks: list[int] | None = None) -> None:
             ranks=named(_minority(sequences)),
             phase="call order",
         )
-
-
-def describe(header: CallHeader) -> dict[str, object]:
-    """The fields that are set, for logs."""
-    return {k: v for k, v in asdict(header).items() if v}

@@ -37,8 +37,8 @@ __device__ __noinline__ int32_t wait_relayed_row(const CombineArgs& args, const 
     return static_cast<int32_t>(first + (chunk + 1) * chunk_rows);
 }
 
-// One warp's share of the copying. By ordinary loads and stores: bulk copies would queue up behind this SM's pulls, which fill its copy engine
-// (measured: half the speed).
+// One warp's share of the copying. By ordinary loads and stores: with two warps of bulk copies instead the combine was slower (664 against 578 us
+// with 24 SMs on four H200s, 4096 tokens of 7168 columns); they share this SM's copy engine with its pulls.
 __device__ void relay_rows(const CombineArgs& args, const WaitContext& context) {
     constexpr int kUnroll = 8;
     const Domain& domain = args.domain;

@@ -139,9 +139,8 @@ class _Peer:
 class MeshTransport(Transport):
     """A connection between each pair of ranks; rows travel through host memory."""
 
-    def __init__(self, rank: int, num_ranks: int, connections: Mapping[int, socket.socket], timeout_s: float) -> None:
+    def __init__(self, rank: int, connections: Mapping[int, socket.socket], timeout_s: float) -> None:
         self._rank = rank
-        self._num_ranks = num_ranks
         self._timeout_s = timeout_s
         self._is_aborted = False
         self._peers = {r: _Peer(r, connection) for r, connection in connections.items()}
@@ -305,7 +304,7 @@ def open_mesh(facts: GroupFacts, *, timeout_s: float) -> MeshTransport:
     finally:
         if listener is not None:
             listener.close()
-    return MeshTransport(facts.rank, facts.num_ranks, connections, timeout_s)
+    return MeshTransport(facts.rank, connections, timeout_s)
 
 
 def _own_address() -> str:

@@ -6,26 +6,12 @@ Both are given the counts beforehand, as a cached dispatch is.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from .bench_data import InputSet, Shape
-
-
-class Rival(Protocol):
-    """Dispatch and combine of one input set."""
-
-    name: str
-
-    def dispatch(self, inputs: InputSet) -> Any: ...
-
-    def combine(self, inputs: InputSet) -> torch.Tensor: ...
-
-    def egress_rows(self, inputs: InputSet) -> int:
-        """Rows that leave this rank in dispatch; as many arrive in combine."""
-        ...
 
 
 class AllToAll:
