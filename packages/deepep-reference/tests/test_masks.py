@@ -238,8 +238,8 @@ def pair() -> Iterator[list[mesh.MeshTransport]]:
         near = socket.create_connection(listener.getsockname())
         far, _ = listener.accept()
     transports = [
-        mesh.MeshTransport(0, 2, {1: near}, timeout_s=1.0),
-        mesh.MeshTransport(1, 2, {0: far}, timeout_s=1.0),
+        mesh.MeshTransport(0, {1: near}, timeout_s=1.0),
+        mesh.MeshTransport(1, {0: far}, timeout_s=1.0),
     ]
     yield transports
     for transport in transports:
@@ -296,7 +296,7 @@ def test_something_that_is_not_a_frame_ends_the_connection() -> None:
     with socket.create_server(("127.0.0.1", 0)) as listener:
         stranger = socket.create_connection(listener.getsockname())
         accepted, _ = listener.accept()
-    transport = mesh.MeshTransport(0, 2, {1: accepted}, timeout_s=5.0)
+    transport = mesh.MeshTransport(0, {1: accepted}, timeout_s=5.0)
     stranger.sendall(b"GET / HTTP/1.1\r\nHost: example\r\n\r\n")
     assert transport.gather(b"x", step(0, 0)) == {0: b"x"}
     stranger.close()
