@@ -173,7 +173,7 @@ void bind_runtime(py::module_& m) {
                 uint64_t topk_idx, int topk_idx_bits, uint64_t topk_weights, int64_t num_tokens, int num_topk, int num_experts, uint64_t rank_prefix,
                 uint64_t send_head, std::optional<bool> has_src_idx, uint64_t recv_x, uint64_t recv_scales, uint64_t recv_topk_idx, uint64_t recv_topk_weights,
                 uint64_t recv_src_idx, int64_t capacity, bool fill_unused, int num_sms, uint64_t stream, bool use_bulk, int num_warps, int num_stages,
-                int num_side_warps) {
+                int num_side_warps, uint32_t ticket, int64_t least_rows, double timeout_s) -> const char* {
                  DispatchArgs args{};
                  args.x = pointer<uint8_t>(x);
                  args.scales = pointer<uint32_t>(scales);
@@ -194,14 +194,17 @@ void bind_runtime(py::module_& m) {
                  args.recv_src_idx = pointer<int32_t>(recv_src_idx);
                  args.capacity = capacity;
                  args.fill_unused = fill_unused;
-                 const bool is_staged = self.dispatch(args, num_row_bytes, num_experts, {num_sms, use_bulk, num_warps, num_stages, num_side_warps}, stream_of(stream));
-                 return is_staged ? "staged" : "in_place";
+                 const Tuning tuning{num_sms, use_bulk, num_warps, num_stages, num_side_warps};
+                 std::optional<py::gil_scoped_release> unlocked;
+                 if (ticket != 0) unlocked.emplace();
+                 return self.dispatch(args, num_row_bytes, num_experts, tuning, {ticket, least_rows, timeout_s}, stream_of(stream));
              },
              py::kw_only(), "x"_a, "num_row_bytes"_a, "scales"_a, "num_scales"_a, "scales_stride_token"_a, "scales_stride_col"_a, "topk_idx"_a,
              "topk_idx_bits"_a, "topk_weights"_a, "num_tokens"_a, "num_topk"_a, "num_experts"_a, "rank_prefix"_a, "send_head"_a,
              "has_src_idx"_a = py::none(), "recv_x"_a, "recv_scales"_a, "recv_topk_idx"_a, "recv_topk_weights"_a,
              "recv_src_idx"_a, "capacity"_a, "fill_unused"_a, "num_sms"_a,
-             "stream"_a, "use_bulk"_a = true, "num_warps"_a = 0, "num_stages"_a = 0, "num_side_warps"_a = 0)
+             "stream"_a, "use_bulk"_a = true, "num_warps"_a = 0, "num_stages"_a = 0, "num_side_warps"_a = 0, "ticket"_a = 0, "least_rows"_a = 0,
+             "timeout_s"_a = 0.0)
         .def("combine",
              [](Runtime& self, uint64_t y, int64_t num_recv_tokens, int64_t num_row_bytes, uint64_t topk_weights, int num_topk, uint64_t bias_0,
                 uint64_t bias_1, uint64_t rank_prefix, uint64_t send_head, int64_t num_tokens, uint64_t out, uint64_t out_topk_weights, int num_sms,

@@ -210,17 +210,30 @@ void Runtime::notify(NotifyArgs args, cudaStream_t stream) {
     num_dispatch_experts_ = args.num_experts;
 }
 
-std::optional<Counts> Runtime::wait_counts(uint32_t ticket, double timeout_s) const {
-    require_open();
-    require(ticket != 0, "wait_counts: ticket 0 stands for no publication; use another number.");
+bool Runtime::wait_for_ticket(uint32_t ticket, double timeout_s) const {
     const CountsRecord& record = domain_.host->counts;
     const auto deadline = std::chrono::steady_clock::now() + std::chrono::duration<double>(timeout_s);
     for (uint64_t poll = 1; read_shared(record.ticket) != ticket; ++poll) {
         if (poll % 4096 != 0) continue;
-        if (std::chrono::steady_clock::now() > deadline) return std::nullopt;
+        if (std::chrono::steady_clock::now() > deadline) return false;
         sched_yield();
     }
     std::atomic_thread_fence(std::memory_order_acquire);  // pairs with the device's release of `ticket`
+    return true;
+}
+
+bool Runtime::wait_for_rows(const AwaitedCounts& awaited, int64_t capacity) const {
+    if (!wait_for_ticket(awaited.ticket, awaited.timeout_s)) return false;
+    const CountsRecord& record = domain_.host->counts;
+    return record.mismatch_mask == 0 && record.bad_count_mask == 0 && !error() && record.num_recv_tokens >= awaited.least_rows &&
+           record.num_recv_tokens <= capacity;
+}
+
+std::optional<Counts> Runtime::wait_counts(uint32_t ticket, double timeout_s) const {
+    require_open();
+    require(ticket != 0, "wait_counts: ticket 0 stands for no publication; use another number.");
+    if (!wait_for_ticket(ticket, timeout_s)) return std::nullopt;
+    const CountsRecord& record = domain_.host->counts;
     Counts counts{};
     counts.num_recv_tokens = record.num_recv_tokens;
     counts.mismatch_mask = record.mismatch_mask;
@@ -232,7 +245,7 @@ std::optional<Counts> Runtime::wait_counts(uint32_t ticket, double timeout_s) co
     return counts;
 }
 
-bool Runtime::dispatch(DispatchArgs args, int64_t num_row_bytes, int num_experts, const Tuning& tuning, cudaStream_t stream) {
+const char* Runtime::dispatch(DispatchArgs args, int64_t num_row_bytes, int num_experts, const Tuning& tuning, const AwaitedCounts& awaited, cudaStream_t stream) {
     require_open();
     require_rows("dispatch", num_row_bytes, args.num_tokens, args.num_topk);
     require(args.capacity >= 0 && args.capacity <= std::numeric_limits<int32_t>::max(),
@@ -291,8 +304,10 @@ bool Runtime::dispatch(DispatchArgs args, int64_t num_row_bytes, int num_experts
                                                                      2 * num_peers * args.num_staging_lanes * args.num_lane_bytes))
                                            : 0;
     const DeviceGuard guard(config_.device);
+    // Everything is ready: the GPU idles from the counts to the launch.
+    if (awaited.ticket != 0 && !wait_for_rows(awaited, args.capacity)) return nullptr;
     check_runtime(launch_dispatch(args, tuning.num_sms, stream), "launching dispatch");
-    return args.is_staged;
+    return args.is_staged ? "staged" : "in_place";
 }
 
 const char* Runtime::combine(CombineArgs args, int64_t num_row_bytes, const Tuning& tuning, cudaStream_t stream) {
@@ -320,7 +335,6 @@ const char* Runtime::combine(CombineArgs args, int64_t num_row_bytes, const Tuni
     args.is_staged = !can_relay && !(is_y_symmetric && are_weights_symmetric);
 
     constexpr int kSharedBudget = 216 * 1024, kPushBudget = 96 * 1024;
-    constexpr int kNumRelayWarps = kMaxRanks - 1;
     args.parts = RowParts::cut(num_row_bytes, config_.num_ranks > 4 ? kNumSlotBytes / 2 : kNumSlotBytes);
     // A stage's rows also carry weights: up to 32 of them and 12 bytes before them.
     args.num_stage_row_bytes = static_cast<int>(max_of(args.parts.num_part_bytes, align_up(kMaxTopk * 4 + 12, 16)));
@@ -337,11 +351,11 @@ const char* Runtime::combine(CombineArgs args, int64_t num_row_bytes, const Tuni
         choose_staging_lanes("combine", args.use_bulk, args.num_push_warps, args.num_lane_bytes, num_push_budget, args.parts.num_parts + 1,
                              domain_.window.num_slots, args.num_staging_lanes);
     }
-    const int num_push_bytes = args.use_bulk ? args.num_push_warps * args.num_staging_lanes * args.num_lane_bytes : 0;
-    const int num_stages = static_cast<int>(min_of(kMaxPullStages, (kSharedBudget - num_push_bytes) / num_stage_bytes));
+    args.num_push_bytes = can_relay ? kNumRelayWarps * kRelayWarpBytes : args.use_bulk ? args.num_push_warps * args.num_staging_lanes * args.num_lane_bytes : 0;
+    const int num_stages = static_cast<int>(min_of(kMaxPullStages, (kSharedBudget - args.num_push_bytes) / num_stage_bytes));
     args.num_stages = tuning.num_stages > 0 ? static_cast<int>(min_of(tuning.num_stages, num_stages)) : num_stages;
     args.num_load_warps = static_cast<int>(min_of(min_of(tuning.num_warps > 0 ? tuning.num_warps : args.is_staged ? 4 : 2, kMaxLoadWarps), args.num_stages));
-    args.num_dynamic_bytes = args.use_bulk ? num_push_bytes + args.num_stages * num_stage_bytes : 0;
+    args.num_dynamic_bytes = args.num_push_bytes + (args.use_bulk ? args.num_stages * num_stage_bytes : 0);
     const DeviceGuard guard(config_.device);
     check_runtime(launch_combine(args, tuning.num_sms, stream), "launching combine");
     return can_relay ? "relayed" : args.is_staged ? "staged" : "pull";

@@ -39,6 +39,13 @@ struct Tuning {
     int num_side_warps;
 };
 
+// The counts that a dispatch waits for before it is launched; ticket 0: none.
+struct AwaitedCounts {
+    uint32_t ticket;
+    int64_t least_rows;
+    double timeout_s;
+};
+
 class Runtime {
 public:
     explicit Runtime(const RuntimeConfig& config);
@@ -62,13 +69,17 @@ public:
     void layout(LayoutArgs args, cudaStream_t stream);
     void notify(NotifyArgs args, cudaStream_t stream);
     std::optional<Counts> wait_counts(uint32_t ticket, double timeout_s) const;
-    bool dispatch(DispatchArgs args, int64_t num_row_bytes, int num_experts, const Tuning& tuning, cudaStream_t stream);  // true: staged
+    // How this rank's outputs are filled: "in_place" or "staged". With awaited counts it is launched as soon as they are there, if all ranks
+    // agree, nothing went wrong and at least least_rows and at most args.capacity rows come here; else nullptr.
+    const char* dispatch(DispatchArgs args, int64_t num_row_bytes, int num_experts, const Tuning& tuning, const AwaitedCounts& awaited, cudaStream_t stream);
     // How this rank's rows reach its peers: "pull", "relayed" or "staged".
     const char* combine(CombineArgs args, int64_t num_row_bytes, const Tuning& tuning, cudaStream_t stream);
 
 private:
     void require_open() const;
     int num_local_experts(int num_experts) const;
+    bool wait_for_ticket(uint32_t ticket, double timeout_s) const;
+    bool wait_for_rows(const AwaitedCounts& awaited, int64_t capacity) const;
 
     RuntimeConfig config_;
     Domain domain_;

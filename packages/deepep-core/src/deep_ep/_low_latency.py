@@ -8,10 +8,10 @@ from typing import Any
 import torch
 
 from . import validation
-from ._streams import Hook, behind, check_overlap, checked, finish, run_once
+from ._streams import CallStreams, Checked, Hook, check_overlap, run_once
 from .backend import LowLatencyBackend, NormalBackend
 from .errors import ArgumentError, BufferStateError
-from .events import EventOverlap
+from .events import EventOverlap, StreamOrder
 from .settings import Settings
 
 Rows = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
@@ -24,6 +24,7 @@ class LowLatencyCalls:
     group_size: int
     enable_shrink: bool
     _lock: threading.RLock
+    _order: StreamOrder
     _settings: Settings
     _normal_backend: NormalBackend | None
     _low_latency_backend: LowLatencyBackend | None
@@ -35,12 +36,16 @@ class LowLatencyCalls:
             raise BufferStateError(f"{what}: this buffer was built without low_latency_mode=True.")
         return self._low_latency_backend
 
+    def _low_latency_streams(self, part: LowLatencyBackend, x: torch.Tensor, async_finish: bool) -> CallStreams:
+        """Only what the caller does not wait for leaves the caller's stream."""
+        return CallStreams(part.comm_stream if x.is_cuda and async_finish else None, self._order)
+
     def clean_low_latency_buffer(self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int) -> None:
         """Forget leftovers before the first low-latency call after something else used the memory. Collective."""
         where = "clean_low_latency_buffer"
         with self._lock:
             part = self._low_latency(where)
-            with checked(part, "clean"):
+            with Checked(part, "clean"):
                 validation.integer(num_max_dispatch_tokens_per_rank, "num_max_dispatch_tokens_per_rank", where, least=1)
                 validation.integer(hidden, "hidden", where, least=1)
                 validation.experts(num_experts, self.group_size, where)
@@ -90,7 +95,7 @@ class LowLatencyCalls:
         where = "low_latency_dispatch"
         with self._lock:
             part = self._low_latency(where)
-            with checked(part, "low_latency_dispatch"):
+            with Checked(part, "low_latency_dispatch"):
                 check_overlap(where, None, async_finish, False, hook=return_recv_hook)
                 request = validation.low_latency_dispatch(
                     x,
@@ -107,12 +112,12 @@ class LowLatencyCalls:
                     split=return_recv_hook,
                     check_values=self._settings.debug,
                 )
-            stream = part.comm_stream if request.x.is_cuda and not return_recv_hook else None
-            with behind(stream, None):
+            streams = self._low_latency_streams(part, request.x, async_finish)
+            with streams:
                 result = part.dispatch(request)
         outputs = [result.recv_x, result.recv_scales, result.recv_count, *result.handle[:2]]
         inputs = [request.x, request.topk_idx, request.topk_weights]
-        event = finish(stream, async_finish, (), outputs)
+        event = streams.finish(async_finish, (), outputs)
         alive = tuple(t for t in (*inputs, *outputs) if t is not None)
         if async_finish:
             event.extra_tensors = alive
@@ -154,7 +159,7 @@ class LowLatencyCalls:
         where = "low_latency_combine"
         with self._lock:
             part = self._low_latency(where)
-            with checked(part, "low_latency_combine"):
+            with Checked(part, "low_latency_combine"):
                 check_overlap(where, None, async_finish, False, hook=return_recv_hook)
                 request = validation.low_latency_combine(
                     x,
@@ -169,10 +174,10 @@ class LowLatencyCalls:
                     split=return_recv_hook,
                     check_values=self._settings.debug,
                 )
-            stream = part.comm_stream if request.x.is_cuda and not return_recv_hook else None
-            with behind(stream, None):
+            streams = self._low_latency_streams(part, request.x, async_finish)
+            with streams:
                 result = part.combine(request)
-        event = finish(stream, async_finish, (), (result.combined_x,))
+        event = streams.finish(async_finish, (), (result.combined_x,))
         alive = (request.x, request.topk_idx, request.topk_weights, *request.handle[:2], result.combined_x)
         if async_finish:
             event.extra_tensors = alive

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 from . import settings
@@ -11,17 +12,21 @@ from .channel import Channel
 from .errors import ArgumentError, DeepEPError, PeerRefusedError, PeersDisagreeError
 
 DEFAULT_TIMEOUT_S = 100.0
-_MUST_AGREE = ("low_latency_mode", "ll_reduce", "enable_shrink")
+_MUST_AGREE = ("low_latency_mode", "ll_reduce", "enable_shrink", "rdma_provider")
 
 
 def agree_on_options(
     channel: Channel, own_options: Callable[[], tuple[settings.Settings, BufferOptions, dict[str, str]]]
 ) -> tuple[settings.Settings, BufferOptions, dict[str, str]]:
-    """Read this rank's options and compare them with everybody's before anything is reserved. Collective."""
+    """Read this rank's options and compare them with everybody's before anything is reserved. Collective.
+
+    What only the settings say, and no argument, is filled in here.
+    """
     result, refusal, own_error = None, "", None
     try:
-        result = own_options()
-        options = result[1]
+        own, options, request = own_options()
+        options = replace(options, low_latency_sms=own.low_latency_sms, rdma_provider=own.rdma_provider or "auto")
+        result = own, options, request
         text = " ".join(f"{name}={getattr(options, name)}" for name in _MUST_AGREE)
         timeout_s = options.timeout_s
     except DeepEPError as error:

@@ -8,7 +8,8 @@ Who does what
 -------------
 `Buffer` checks arguments (all of them, before any state changes), orders streams, and turns results into V1's tuples.
 A backend allocates its outputs, owns its communication stream, moves the data and waits for peers. A backend's methods
-are called with the stream to work on already current: whatever they enqueue goes to ``torch.cuda.current_stream()``.
+are called with the stream to work on already current: whatever they enqueue goes to ``torch.cuda.current_stream()``
+(`NormalBackend.orders_output_stream` names an exception).
 On CPU tensors everything is complete when the method returns.
 
 A backend package registers one `Backend` subclass under the entry-point group ``deep_ep.backends``. Importing that
@@ -149,6 +150,8 @@ class BufferOptions:
 
     Byte hints are V1's; a backend may need less or more and documents what it takes. ``symmetric_heap_bytes`` is the
     size of the memory that peers can reach, for backends that keep such; ``timeout_s`` the deadline of every wait.
+    ``low_latency_sms``: SMs of low-latency kernels, ``None`` for the backend's choice; ``rdma_provider``: who executes
+    RDMA requests that kernels post, ``"auto"``, ``"software"`` or ``"nvshmem"``. Both come from the settings.
     """
 
     num_nvl_bytes: int = 0
@@ -162,6 +165,8 @@ class BufferOptions:
     symmetric_heap_bytes: int = 1 << 30
     ll_reduce: LowLatencyReduce = "rank"
     timeout_s: float = 100.0
+    low_latency_sms: int | None = None
+    rdma_provider: str = "auto"
 
 
 # --- normal mode ----------------------------------------------------------------------------------------------------
@@ -176,12 +181,14 @@ class DispatchLayout:
         num_tokens_per_rdma_rank: int32 ``[D]``, or ``None`` on a single node.
         num_tokens_per_expert: int32 ``[E]``.
         is_token_in_rank: bool ``[T, N]``.
+        is_on_output_stream: all of these were allocated on the ``output_stream`` of `NormalBackend.layout`.
     """
 
     num_tokens_per_rank: torch.Tensor
     num_tokens_per_rdma_rank: torch.Tensor | None
     num_tokens_per_expert: torch.Tensor
     is_token_in_rank: torch.Tensor
+    is_on_output_stream: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,9 +206,8 @@ class DispatchRequest:
         handle: V1's tuple as an earlier fresh dispatch returned it (perhaps a fresh plain tuple of its parts).
         num_sms: how many SMs to use.
         num_sms_is_exact: the user chose it, so it is obeyed exactly; else it is a ceiling.
-        output_stream: where outputs should be allocated, so that their memory can be reused without waiting for events;
-            the backend then lets the current stream wait for it after allocating (what was freed there may still be
-            read). ``None``: on the current stream. A hint: outputs allocated elsewhere are right too.
+        output_stream: the caller's stream, where outputs should be allocated, so that their memory can be reused
+            without waiting for events. Given only to a backend with `NormalBackend.orders_output_stream`.
     """
 
     x: torch.Tensor
@@ -275,7 +281,15 @@ class CombineResult:
 
 
 class NormalBackend(ABC):
-    """High-throughput dispatch and combine. One instance belongs to one buffer."""
+    """High-throughput dispatch and combine. One instance belongs to one buffer.
+
+    Attributes:
+        orders_output_stream: calls that wait for nothing but the caller's stream come with that stream, still current,
+            as ``output_stream``. The backend allocates there and then lets its own stream, on which it works, wait for
+            it (after allocating: what was freed there may still be read). In other calls `Buffer` orders the streams.
+    """
+
+    orders_output_stream: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -283,8 +297,13 @@ class NormalBackend(ABC):
         """The stream on which `Buffer` runs this backend's calls; ``None`` where tensors live on the CPU."""
 
     @abstractmethod
-    def layout(self, topk_idx: torch.Tensor, num_experts: int) -> DispatchLayout:
-        """Count. Local, the host does not wait. ``topk_idx``: contiguous int64 or int32 ``[T, K]``."""
+    def layout(
+        self, topk_idx: torch.Tensor, num_experts: int, output_stream: torch.cuda.Stream | None = None
+    ) -> DispatchLayout:
+        """Count. Local, the host does not wait.
+
+        ``topk_idx``: contiguous int64 or int32 ``[T, K]``. ``output_stream``: as in `DispatchRequest`.
+        """
 
     @abstractmethod
     def dispatch(self, request: DispatchRequest) -> DispatchResult:
@@ -443,7 +462,7 @@ class LowLatencyBackend(ABC):
     @property
     @abstractmethod
     def comm_stream(self) -> torch.cuda.Stream | None:
-        """The stream for calls without a hook; hook-mode calls run on the caller's stream."""
+        """The stream for calls with ``async_finish``; all others run on the caller's stream."""
 
     @abstractmethod
     def dispatch(self, request: LowLatencyDispatchRequest) -> LowLatencyDispatchResult:
@@ -489,6 +508,12 @@ class LowLatencyBackend(ABC):
     @abstractmethod
     def abort(self) -> None:
         """As `NormalBackend.abort`."""
+
+    def reset(self) -> None:
+        """As `NormalBackend.reset`."""
+        from .errors import BufferStateError
+
+        raise BufferStateError(f"{type(self).__name__} cannot be reset. Destroy the buffer and build a new one.")
 
     @abstractmethod
     def destroy(self) -> None:

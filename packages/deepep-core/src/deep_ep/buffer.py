@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 
 from . import registry, settings, sizing, topology, validation
-from ._low_latency import LowLatencyCalls, Rows
+from ._low_latency import LowLatencyCalls
+from ._normal_mode import DEFAULT_NUM_SMS, NormalCalls
 from ._options import DEFAULT_TIMEOUT_S, agree_on_options, ll_reduce_of, timeout_of
 from ._runtime import Runtime
-from ._streams import behind, check_overlap, checked, finish, output_stream_for
 from .backend import (
     BufferOptions,
     GroupFacts,
@@ -32,14 +32,12 @@ from .backend import (
 from .channel import open_channel
 from .config import Config, get_low_latency_rdma_size_hint
 from .errors import ArgumentError, BufferStateError, SettingError
-from .events import EventHandle, EventOverlap
+from .events import EventHandle, EventOverlap, StreamOrder
 
 logger = logging.getLogger("deep_ep")
 
-_DEFAULT_NUM_SMS = 20
 
-
-class Buffer(LowLatencyCalls):
+class Buffer(NormalCalls, LowLatencyCalls):
     """Dispatch and combine for the ranks of one group.
 
     Building a buffer, all dispatches and combines, and `clean_low_latency_buffer` are collective: every rank of the
@@ -54,7 +52,7 @@ class Buffer(LowLatencyCalls):
         runtime: `Runtime`, or ``None`` once destroyed.
     """
 
-    num_sms: ClassVar[int] = _DEFAULT_NUM_SMS
+    num_sms: ClassVar[int] = DEFAULT_NUM_SMS
     _num_sms_was_set: ClassVar[bool] = False
 
     def __init__(
@@ -113,6 +111,7 @@ class Buffer(LowLatencyCalls):
         self._normal_backend: NormalBackend | None = None
         self._low_latency_backend: LowLatencyBackend | None = None
         self._lock = threading.RLock()
+        self._order = StreamOrder()
         channel = open_channel(group, comm)
         self.rank = channel.rank
         self.group_size = channel.num_ranks
@@ -263,11 +262,6 @@ class Buffer(LowLatencyCalls):
         with self._normal("symmetric_memory").symmetric_memory():
             yield
 
-    def _normal(self, what: str) -> NormalBackend:
-        if self._normal_backend is None:
-            raise BufferStateError(f"{what}: this buffer was destroyed. Build a new one.")
-        return self._normal_backend
-
     # --- static facts and settings ----------------------------------------------------------------------------------
 
     @staticmethod
@@ -346,266 +340,6 @@ class Buffer(LowLatencyCalls):
             )
         view = memory[offset : offset + wanted].view(dtype)
         return view if size is None else view.view(size)
-
-    # --- normal mode ------------------------------------------------------------------------------------------------
-
-    def get_dispatch_layout(
-        self,
-        topk_idx: torch.Tensor,
-        num_experts: int,
-        previous_event: EventOverlap | None = None,
-        async_finish: bool = False,
-        allocate_on_comm_stream: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, EventOverlap]:
-        """Count who gets what. Local; the host does not wait.
-
-        Args:
-            topk_idx: ``[T, K]`` int64 or int32. Global expert of each choice; -1 marks an unused choice.
-            num_experts: ``E``, a multiple of the ranks.
-            previous_event: wait for this instead of the current stream.
-            async_finish: do not make the current stream wait; use the returned event.
-            allocate_on_comm_stream: needs ``async_finish`` and a ``previous_event``.
-
-        Returns:
-            ``(num_tokens_per_rank int32 [N], num_tokens_per_rdma_rank int32 [D] or None on one node,
-            num_tokens_per_expert int32 [E], is_token_in_rank bool [T, N], event)``. A token counts once per rank.
-            For ``N = 2``, ``E = 4`` and ``topk_idx = [[0, 1], [1, 3]]``: ``[2, 1]``, ``None``, ``[1, 2, 0, 1]``,
-            ``[[True, False], [True, True]]``.
-
-        Raises:
-            ArgumentError: bad shapes, dtypes or expert numbers.
-        """
-        where = "get_dispatch_layout"
-        part = self._normal(where)
-        check_overlap(where, previous_event, async_finish, allocate_on_comm_stream)
-        validation.experts(num_experts, self.group_size, where)
-        idx = validation.topk_indices(topk_idx, where, num_experts=num_experts, check_values=self._settings.debug)
-        stream = part.comm_stream
-        with behind(stream, previous_event):
-            layout = part.layout(idx, num_experts)
-        outputs = (
-            layout.num_tokens_per_rank,
-            layout.num_tokens_per_rdma_rank,
-            layout.num_tokens_per_expert,
-            layout.is_token_in_rank,
-        )
-        event = finish(stream, async_finish, (idx,), outputs)
-        return (*outputs, event)
-
-    def dispatch(
-        self,
-        x: Rows,
-        handle: tuple[Any, ...] | None = None,
-        num_tokens_per_rank: torch.Tensor | None = None,
-        num_tokens_per_rdma_rank: torch.Tensor | None = None,
-        is_token_in_rank: torch.Tensor | None = None,
-        num_tokens_per_expert: torch.Tensor | None = None,
-        topk_idx: torch.Tensor | None = None,
-        topk_weights: torch.Tensor | None = None,
-        expert_alignment: int = 1,
-        num_worst_tokens: int = 0,
-        config: Config | None = None,
-        previous_event: EventOverlap | None = None,
-        async_finish: bool = False,
-        allocate_on_comm_stream: bool = False,
-    ) -> tuple[Rows, torch.Tensor | None, torch.Tensor | None, list[int] | None, tuple[Any, ...] | None, EventOverlap]:
-        """Send every token to the ranks that hold its experts, one copy per rank. Collective.
-
-        Args:
-            x: ``[T, H]`` bf16, or ``(x, scales)`` with a 1-byte ``x`` and ``[T, S]`` float32 or int32 scales of any
-                strides. A row is a multiple of 16 bytes.
-            handle: of an earlier dispatch, to repeat its routing (dtype and ``H`` may differ); then no counts are
-                exchanged, and ``topk_idx`` and ``topk_weights`` stay ``None``.
-            num_tokens_per_rank, num_tokens_per_rdma_rank, is_token_in_rank, num_tokens_per_expert: of
-                `get_dispatch_layout`.
-            topk_idx: ``[T, K]`` int64 or int32; with ``topk_weights`` or not at all.
-            topk_weights: ``[T, K]`` float32.
-            expert_alignment: counts per expert are rounded up to a multiple of it.
-            num_worst_tokens: fixed number of output rows; the host then does not wait, and no counts are returned.
-            config: SM count; V1's chunk sizes have no effect where there are no queues.
-            previous_event, async_finish, allocate_on_comm_stream: as in `get_dispatch_layout`.
-
-        Returns:
-            ``(recv_x, recv_topk_idx, recv_topk_weights, num_recv_tokens_per_expert_list, handle, event)``:
-            ``recv_x`` ``[R, H]`` (or with scales ``[R, S]``, row-major) by source rank, then source token;
-            ``recv_topk_idx`` int64 ``[R, K]``, local expert numbers, -1 elsewhere; ``recv_topk_weights`` float32
-            ``[R, K]``, 0 where -1; a list of ``L`` ints. With a handle the middle four are ``None``.
-            The tensors are the caller's. The host waits for the counts of a fresh dispatch.
-
-        Raises:
-            ArgumentError: this rank's arguments; its peers raise `PeerRefusedError`.
-            PeersDisagreeError: the same on every rank. PeerTimeoutError, PeerLostError: a rank did not do its part.
-        """
-        with self._lock:
-            part = self._normal("dispatch")
-            with checked(part, "dispatch" if handle is None else "cached_dispatch"):
-                num_sms, is_exact = _sms(config)
-                check_overlap("dispatch", previous_event, async_finish, allocate_on_comm_stream)
-                if handle is None:
-                    request = validation.fresh_dispatch(
-                        x,
-                        num_ranks=self.group_size,
-                        ranks_per_node=self._facts.ranks_per_node,
-                        num_tokens_per_rank=num_tokens_per_rank,
-                        num_tokens_per_rdma_rank=num_tokens_per_rdma_rank,
-                        is_token_in_rank=is_token_in_rank,
-                        num_tokens_per_expert=num_tokens_per_expert,
-                        topk_idx=topk_idx,
-                        weights=topk_weights,
-                        expert_alignment=expert_alignment,
-                        num_worst_tokens=num_worst_tokens,
-                        num_sms=num_sms,
-                        num_sms_is_exact=is_exact,
-                        output_stream=output_stream_for(x, previous_event, allocate_on_comm_stream),
-                        check_values=self._settings.debug,
-                    )
-                else:
-                    request = validation.cached_dispatch(
-                        x,
-                        handle,
-                        num_ranks=self.group_size,
-                        ranks_per_node=self._facts.ranks_per_node,
-                        topk_idx=topk_idx,
-                        weights=topk_weights,
-                        num_sms=num_sms,
-                        num_sms_is_exact=is_exact,
-                        output_stream=output_stream_for(x, previous_event, allocate_on_comm_stream),
-                    )
-            stream = part.comm_stream if request.x.is_cuda else None
-            with behind(stream, previous_event):
-                result = part.dispatch(request)
-        new_handle = result.handle if handle is None else None
-        # Listed only when they are needed: this path decides how fast small batches can be sent.
-        inputs: list[torch.Tensor | None] = []
-        if async_finish:
-            inputs = [request.x, request.scales, request.topk_idx, request.topk_weights, *(request.handle or ())]
-            if request.layout is not None:
-                inputs += [request.layout.num_tokens_per_rank, request.layout.is_token_in_rank]
-                inputs += [request.layout.num_tokens_per_expert, request.layout.num_tokens_per_rdma_rank]
-        outputs = (result.recv_x, result.recv_scales, result.recv_topk_idx, result.recv_topk_weights)
-        event = finish(
-            stream,
-            async_finish,
-            inputs,
-            (*outputs, *(new_handle or ())),
-            is_on_output_stream=result.is_on_output_stream,
-        )
-        rows: Rows = result.recv_x if result.recv_scales is None else (result.recv_x, result.recv_scales)
-        if handle is not None:
-            return rows, None, None, None, None, event
-        counts = list(result.num_recv_tokens_per_expert or [])
-        return rows, result.recv_topk_idx, result.recv_topk_weights, counts, new_handle, event
-
-    def combine(
-        self,
-        x: torch.Tensor,
-        handle: tuple[Any, ...],
-        topk_weights: torch.Tensor | None = None,
-        bias: torch.Tensor | tuple[torch.Tensor | None, torch.Tensor | None] | None = None,
-        config: Config | None = None,
-        previous_event: EventOverlap | None = None,
-        async_finish: bool = False,
-        allocate_on_comm_stream: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, EventOverlap]:
-        """Bring the rows of a dispatch back and sum them over ranks. Collective.
-
-        Args:
-            x: ``[R, H]`` bf16, one row for each received row, already weighted by the caller if wanted.
-            handle: of the dispatch.
-            topk_weights: ``[R, K]`` float32, summed beside the rows.
-            bias: up to two ``[T, H]`` bf16 tensors, added first.
-            config, previous_event, async_finish, allocate_on_comm_stream: as in `dispatch`.
-
-        Returns:
-            ``(combined_x bf16 [T, H], combined_topk_weights float32 [T, K] or None, event)``. Sums are float32 in
-            ascending rank order and rounded once (several nodes: once per node too).
-
-        Raises:
-            As `dispatch`.
-        """
-        with self._lock:
-            part = self._normal("combine")
-            with checked(part, "combine"):
-                num_sms, is_exact = _sms(config)
-                check_overlap("combine", previous_event, async_finish, allocate_on_comm_stream)
-                request = validation.combine(
-                    x,
-                    handle,
-                    num_ranks=self.group_size,
-                    ranks_per_node=self._facts.ranks_per_node,
-                    weights=topk_weights,
-                    bias=bias,
-                    num_sms=num_sms,
-                    num_sms_is_exact=is_exact,
-                    output_stream=output_stream_for(x, previous_event, allocate_on_comm_stream),
-                )
-            stream = part.comm_stream if request.x.is_cuda else None
-            with behind(stream, previous_event):
-                result = part.combine(request)
-        inputs = [request.x, request.topk_weights, *request.biases, *request.handle]
-        outputs = (result.combined_x, result.combined_topk_weights)
-        event = finish(stream, async_finish, inputs, outputs, is_on_output_stream=result.is_on_output_stream)
-        return result.combined_x, result.combined_topk_weights, event
-
-    def internode_dispatch(
-        self,
-        x: Rows,
-        handle: tuple[Any, ...] | None = None,
-        num_tokens_per_rank: torch.Tensor | None = None,
-        num_tokens_per_rdma_rank: torch.Tensor | None = None,
-        is_token_in_rank: torch.Tensor | None = None,
-        num_tokens_per_expert: torch.Tensor | None = None,
-        topk_idx: torch.Tensor | None = None,
-        topk_weights: torch.Tensor | None = None,
-        expert_alignment: int = 1,
-        num_worst_tokens: int = 0,
-        config: Config | None = None,
-        previous_event: EventOverlap | None = None,
-        async_finish: bool = False,
-        allocate_on_comm_stream: bool = False,
-    ) -> tuple[Rows, torch.Tensor | None, torch.Tensor | None, list[int] | None, tuple[Any, ...] | None, EventOverlap]:
-        """V1's name for `dispatch` across nodes; the same call."""
-        return self.dispatch(
-            x,
-            handle,
-            num_tokens_per_rank,
-            num_tokens_per_rdma_rank,
-            is_token_in_rank,
-            num_tokens_per_expert,
-            topk_idx,
-            topk_weights,
-            expert_alignment,
-            num_worst_tokens,
-            config,
-            previous_event,
-            async_finish,
-            allocate_on_comm_stream,
-        )
-
-    def internode_combine(
-        self,
-        x: torch.Tensor,
-        handle: tuple[Any, ...],
-        topk_weights: torch.Tensor | None = None,
-        bias: torch.Tensor | tuple[torch.Tensor | None, torch.Tensor | None] | None = None,
-        config: Config | None = None,
-        previous_event: EventOverlap | None = None,
-        async_finish: bool = False,
-        allocate_on_comm_stream: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, EventOverlap]:
-        """V1's name for `combine` across nodes; the same call."""
-        return self.combine(
-            x, handle, topk_weights, bias, config, previous_event, async_finish, allocate_on_comm_stream
-        )
-
-
-def _sms(config: Config | None) -> tuple[int, bool]:
-    """SM count of a call, and whether the user chose it."""
-    if config is None:
-        return Buffer.num_sms, Buffer._num_sms_was_set
-    if not isinstance(config, Config):
-        raise ArgumentError(f"config is a {type(config).__name__}; it has to be a deep_ep.Config or None.")
-    return config.num_sms, Buffer._num_sms_was_set or config.num_sms != _DEFAULT_NUM_SMS
 
 
 def _tuned(operation: str, num_ranks: int) -> Config:

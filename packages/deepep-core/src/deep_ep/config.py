@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from .errors import ArgumentError
 
 _ALIGNMENT = 128
+# Low-latency mode: of a row's header and of a rank's message; the layout is that of the backend ibgda.
+_MAX_TOPK, _HEADER_WORDS, _PARTS, _SLOTS, _INDEX_BYTES, _STATE_BYTES = 32, 8, 32, 3, 1 << 14, 1 << 16
 
 
 def _align(num_bytes: int) -> int:
@@ -62,10 +64,10 @@ class Config:
 def get_low_latency_rdma_size_hint(
     num_max_dispatch_tokens_per_rank: int, hidden: int, num_ranks: int, num_experts: int
 ) -> int:
-    """Bytes to pass as ``num_rdma_bytes`` for low-latency mode. Cheap, needs no CUDA, grows with every argument.
+    """Bytes to pass as ``num_rdma_bytes`` for low-latency mode. Cheap, needs no CUDA, falls with no argument.
 
-    Two operations may be in flight; each has room for one bf16 row (with scales and flags) per token and local
-    expert, in both directions.
+    Three messages of each rank may be under way in each direction, each with room for one bf16 row, its routing and its
+    weights per token; where peers are reached by RDMA, they lie ready at the sender too.
     """
     for name, value in {
         "num_max_dispatch_tokens_per_rank": num_max_dispatch_tokens_per_rank,
@@ -75,6 +77,9 @@ def get_low_latency_rdma_size_hint(
     }.items():
         if not isinstance(value, int) or value <= 0:
             raise ArgumentError(f"{name} is {value!r}; get_low_latency_rdma_size_hint needs a positive int.")
-    row_bytes = _align(hidden * 2 + hidden // 32 + 64)
-    rows = num_experts * num_max_dispatch_tokens_per_rank
-    return _align(2 * 2 * rows * row_bytes + 2 * num_experts * 64 + (1 << 16))
+    tokens = num_max_dispatch_tokens_per_rank
+    row_bytes = _align(hidden * 2 + 4 * (_HEADER_WORDS + 2 * _MAX_TOPK))
+    # A message is cut in parts of one size: 32 for dispatched rows, 32 for rows that come back, one for weights.
+    part_bytes = _align(max(8 * _MAX_TOPK * tokens, -(-tokens * row_bytes // _PARTS)))
+    message_bytes = (2 * _PARTS + 1) * part_bytes + _INDEX_BYTES
+    return _align(2 * _SLOTS * num_ranks * message_bytes + _STATE_BYTES + 256 * num_ranks)

@@ -38,7 +38,7 @@ class IntranodeHandle:
     send_head: torch.Tensor
 
     def to_tuple(self) -> Parts:
-        return tuple(getattr(self, f.name) for f in fields(self))
+        return tuple([getattr(self, name) for name in _INTRANODE])
 
     @staticmethod
     def from_tuple(parts: Parts) -> IntranodeHandle:
@@ -47,7 +47,7 @@ class IntranodeHandle:
                 f"handle has {len(parts)} parts; a dispatch inside one node returns 6 tensors. "
                 "Pass the handle that Buffer.dispatch returned."
             )
-        return IntranodeHandle(**{f.name: p for f, p in zip(fields(IntranodeHandle), parts, strict=True)})  # type: ignore[arg-type]
+        return IntranodeHandle(**dict(zip(_INTRANODE, parts, strict=True)))  # type: ignore[arg-type]
 
     @property
     def num_ranks(self) -> int:
@@ -94,7 +94,7 @@ class InternodeHandle:
     send_nvl_head: torch.Tensor
 
     def to_tuple(self) -> Parts:
-        return tuple(getattr(self, f.name) for f in fields(self))
+        return tuple([getattr(self, name) for name in _INTERNODE])
 
     @staticmethod
     def from_tuple(parts: Parts) -> InternodeHandle:
@@ -103,7 +103,7 @@ class InternodeHandle:
                 f"handle has {len(parts)} parts; a dispatch across nodes returns 10 tensors. "
                 "Pass the handle that Buffer.dispatch returned."
             )
-        return InternodeHandle(**{f.name: p for f, p in zip(fields(InternodeHandle), parts, strict=True)})  # type: ignore[arg-type]
+        return InternodeHandle(**dict(zip(_INTERNODE, parts, strict=True)))  # type: ignore[arg-type]
 
     @property
     def num_ranks(self) -> int:
@@ -137,7 +137,7 @@ class LowLatencyHandle:
     num_experts: int
 
     def to_tuple(self) -> tuple[Any, ...]:
-        return tuple(getattr(self, f.name) for f in fields(self))
+        return tuple([getattr(self, name) for name in _LOW_LATENCY])
 
     @staticmethod
     def from_tuple(parts: tuple[Any, ...]) -> LowLatencyHandle:
@@ -150,7 +150,12 @@ class LowLatencyHandle:
                 f"handle has {len(parts)} parts; low_latency_dispatch returns 5 (two tensors, three ints). "
                 "Pass the handle that Buffer.low_latency_dispatch returned."
             )
-        return LowLatencyHandle(**{f.name: p for f, p in zip(fields(LowLatencyHandle), parts, strict=True)})
+        return LowLatencyHandle(**dict(zip(_LOW_LATENCY, parts, strict=True)))
 
+
+# Looked up once: a handle is packed and unpacked in every call.
+_INTRANODE, _INTERNODE, _LOW_LATENCY = (
+    tuple(f.name for f in fields(kind)) for kind in (IntranodeHandle, InternodeHandle, LowLatencyHandle)
+)
 
 __all__ = ["InternodeHandle", "IntranodeHandle", "LowLatencyHandle", "Parts"]

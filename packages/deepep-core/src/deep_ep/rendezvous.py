@@ -13,6 +13,7 @@ import secrets
 import socket
 import struct
 import time
+from collections.abc import Collection
 
 from .channel import Channel
 from .errors import BackendUnavailableError, PeerLostError, PeerTimeoutError
@@ -21,14 +22,17 @@ _HELLO = struct.Struct("<16sq")
 _CREDENTIALS = struct.Struct("3i")
 
 
-def exchange_descriptors(channel: Channel, descriptor: int, *, phase: str, timeout_s: float) -> list[int]:
-    """Give ``descriptor`` to every other rank and receive theirs. Collective; all ranks are on one host.
+def exchange_descriptors(
+    channel: Channel, descriptor: int, *, phase: str, timeout_s: float, among: Collection[int] | None = None
+) -> list[int]:
+    """Give ``descriptor`` to the other ranks of this host and receive theirs. Collective.
 
     Args:
         descriptor: stays open and stays the caller's.
+        among: the ranks of this host, on all of which it is the same; ``None``: all ranks are on one host.
 
     Returns:
-        One descriptor per rank, to be closed by the caller; -1 at this rank's own place.
+        One descriptor per rank, to be closed by the caller; -1 at this rank's own place and for ranks elsewhere.
 
     Raises:
         PeerTimeoutError, PeerLostError: a rank did not do its part; descriptors received so far are closed.
@@ -43,7 +47,7 @@ def exchange_descriptors(channel: Channel, descriptor: int, *, phase: str, timeo
             server.bind(b"\0deep_ep-" + name.hex().encode())
             server.listen(channel.num_ranks)
             tickets = channel.all_gather(name + secret, phase=phase, timeout_s=timeout_s)
-            others = [r for r in range(channel.num_ranks) if r != channel.rank]
+            others = [r for r in (range(channel.num_ranks) if among is None else sorted(among)) if r != channel.rank]
             links: dict[int, socket.socket] = {}
             for rank in others:
                 link = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET))

@@ -22,6 +22,7 @@ else:
 
 DEFAULT_FILE = "deepep.toml"
 MODES = ("normal", "low_latency")
+RDMA_PROVIDERS = ("auto", "software", "nvshmem")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,6 +113,18 @@ VARIABLES: tuple[Variable, ...] = (
         parse=_positive_int,
     ),
     Variable(
+        name="DEEPEP_LOW_LATENCY_SMS",
+        accepts="a positive integer",
+        meaning="SMs of low-latency kernels, half of each (the backend's choice)",
+        parse=_positive_int,
+    ),
+    Variable(
+        name="DEEPEP_RDMA_PROVIDER",
+        accepts="auto, software or nvshmem",
+        meaning="who executes RDMA requests that kernels post: a NIC (nvshmem), or a thread of each process (software)",
+        parse=_one_of(*RDMA_PROVIDERS),
+    ),
+    Variable(
         name="DEEPEP_DEBUG",
         accepts="0 or 1",
         meaning="check values inside CUDA tensors too (expert numbers in range), at the price of a host wait",
@@ -126,7 +139,8 @@ class Settings:
 
     Attributes:
         backend: ``{"": name}`` for every mode the backend serves, or a name for each mode.
-        ranks_per_node, symmetric_heap_mb, timeout_s, ll_reduce, debug: as in `VARIABLES`.
+        ranks_per_node, symmetric_heap_mb, timeout_s, ll_reduce, low_latency_sms, rdma_provider, debug: as in
+            `VARIABLES`.
         tuning: ``{"dispatch": {num_ranks: {field: value}}, "combine": ...}`` as ``deepep tune`` wrote it.
         source: where ``backend`` came from, for messages.
     """
@@ -136,6 +150,8 @@ class Settings:
     symmetric_heap_mb: int | None = None
     timeout_s: float | None = None
     ll_reduce: str | None = None
+    low_latency_sms: int | None = None
+    rdma_provider: str | None = None
     debug: bool = False
     tuning: Mapping[str, Mapping[int, Mapping[str, int]]] = field(default_factory=dict)
     source: str = ""
@@ -179,6 +195,8 @@ def load(environ: Mapping[str, str] | None = None, directory: Path | None = None
         symmetric_heap_mb=values.get("DEEPEP_SYMMETRIC_HEAP_MB", main.get("symmetric_heap_mb")),
         timeout_s=values.get("DEEPEP_TIMEOUT_S", main.get("timeout_s")),
         ll_reduce=values.get("DEEPEP_LL_REDUCE", main.get("ll_reduce")),
+        low_latency_sms=values.get("DEEPEP_LOW_LATENCY_SMS", main.get("low_latency_sms")),
+        rdma_provider=values.get("DEEPEP_RDMA_PROVIDER", main.get("rdma_provider")),
         debug=values.get("DEEPEP_DEBUG", main.get("debug", False)),
         tuning=table.get("tuning", {}),
         source=source,
@@ -194,6 +212,8 @@ _KEYS: dict[str, tuple[str, Callable[[Any], bool]]] = {
     "symmetric_heap_mb": ("a positive integer", lambda v: isinstance(v, int) and not isinstance(v, bool) and v > 0),
     "timeout_s": ("a positive number", lambda v: isinstance(v, (int, float)) and not isinstance(v, bool) and v > 0),
     "ll_reduce": ('"rank" or "expert"', lambda v: v in ("rank", "expert")),
+    "low_latency_sms": ("a positive integer", lambda v: isinstance(v, int) and not isinstance(v, bool) and v > 0),
+    "rdma_provider": ('"auto", "software" or "nvshmem"', lambda v: v in RDMA_PROVIDERS),
     "debug": ("true or false", lambda v: isinstance(v, bool)),
 }
 

@@ -45,7 +45,7 @@ def _short(dtype: torch.dtype) -> str:
 
 
 def _shape(value: torch.Tensor, name: str, where: str, shape: tuple[int, ...], why: str) -> None:
-    if tuple(value.shape) != shape:
+    if value.shape != shape:
         raise ArgumentError(f"{where}: {name} has shape {tuple(value.shape)}; it has to be {shape} ({why}).")
 
 
@@ -172,11 +172,11 @@ def fresh_dispatch(
     where = "dispatch"
     rows, scales = _rows(x, where)
     num_tokens = rows.shape[0]
-    for name, value in {
-        "num_tokens_per_rank": num_tokens_per_rank,
-        "is_token_in_rank": is_token_in_rank,
-        "num_tokens_per_expert": num_tokens_per_expert,
-    }.items():
+    for name, value in (
+        ("num_tokens_per_rank", num_tokens_per_rank),
+        ("is_token_in_rank", is_token_in_rank),
+        ("num_tokens_per_expert", num_tokens_per_expert),
+    ):
         if value is None:
             raise ArgumentError(
                 f"{where}: {name} is None. A dispatch needs the results of get_dispatch_layout, or the handle of an "
@@ -278,7 +278,7 @@ def cached_dispatch(
     return DispatchRequest(
         x=rows,
         scales=scales,
-        handle=typed.to_tuple(),
+        handle=tuple(handle),
         num_sms=num_sms,
         num_sms_is_exact=num_sms_is_exact,
         output_stream=output_stream,
@@ -331,7 +331,7 @@ def combine(
     )
     return CombineRequest(
         x=rows,
-        handle=typed.to_tuple(),
+        handle=tuple(handle),
         topk_weights=weights,
         biases=tuple(biases),
         num_sms=num_sms,

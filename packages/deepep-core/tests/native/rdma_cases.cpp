@@ -252,6 +252,10 @@ void keys_go_by_chunk_and_by_peer() {
     const rdma::MemoryKeys& keys = view.remote[1];
     CHECK(keys.contiguous(0) == 48 && keys.contiguous(47) == 1 && keys.contiguous(96) == 4, "chunks");
     CHECK(keys.at(47).key.bits != keys.at(48).key.bits && keys.at(48).address == 0x5030, "a key for each chunk");
+    const rdma::MemoryKeys inside = {0x5000, 52, 48, 40, keys.keys};  // begins 40 bytes inside its first chunk
+    CHECK(inside.num_chunks() == 2 && keys.num_chunks() == 3 && rdma::MemoryKeys{}.num_chunks() == 0, "chunks in number");
+    CHECK(inside.contiguous(0) == 8 && inside.contiguous(8) == 44, "chunks of memory that begins inside one");
+    CHECK(inside.at(7).key.bits == keys.keys[0].bits && inside.at(8).key.bits == keys.keys[1].bits && inside.at(8).address == 0x5008, "keys");
     Bench::Steps steps{nic};
     const rdma::QueuePair pair = view.queue_pair(1, 1);
     const auto put = [&](int64_t offset) {

@@ -24,7 +24,11 @@ NUM_SCHEDULES = 1_000_000
 NUM_SCHEDULES_CHECKED = 100_000
 NUM_SCHEDULES_MUTANT = 2_000
 NUM_MESSAGES = 11_000  # of each of three posters, two requests each: more than 65536
-CASES = re.findall(r"^    CASE\((\w+)\),$", (HERE / "rdma_cases.cpp").read_text(), flags=re.MULTILINE)
+CASES = [
+    pytest.param(source, case, id=case)
+    for source in ("rdma_cases.cpp", "mover_cases.cpp")
+    for case in re.findall(r"^    CASE\((\w+)\),$", (HERE / source).read_text(), flags=re.MULTILINE)
+]
 
 # (header, old, new): the mistake, by name. The schedules must find each.
 MISTAKES = {
@@ -109,6 +113,32 @@ RACES = {
     ),
 }
 
+# (case, old, new) in the software NIC: what only a mover that lands later can show.
+MOVER_MISTAKES = {
+    "completions do not wait for the bytes": (
+        "completions_wait_until_the_bytes_are_there",
+        "if (progress == Progress::kPending) return true;",
+        "",
+    ),
+    "errors do not wait for what came before": (
+        "an_error_does_not_overtake_what_has_not_landed",
+        "queue.unreported.push_back({request, mover_.batch(), syndrome});",
+        "syndrome == Syndrome::kNone ? queue.unreported.push_back({request, mover_.batch(), syndrome})"
+        " : queue.unreported.push_front({request, 0, syndrome});",
+    ),
+    "moves that failed count as landed": (
+        "moves_that_fail_fail_their_requests",
+        "if (progress == Progress::kFailed && next.syndrome == Syndrome::kNone) lose(queue, next);",
+        "",
+    ),
+    "work is what has no completion yet": (
+        "work_is_what_has_not_landed",
+        "bool has_some = mover_.progress(mover_.batch()) == Progress::kPending;",
+        "bool has_some = false;",
+    ),
+    "a reset does not wait": ("a_reset_waits_for_what_was_taken", "mover_.drain();", ""),
+}
+
 
 def test_requests_equal_those_of_rdma_core_byte_for_byte(compile_program: Compile) -> None:
     if not RDMA_CORE.exists():
@@ -134,9 +164,16 @@ def test_a_wrong_byte_is_found(compile_program: Compile, mutant_of: type, old: s
     assert compile_program("wqe_against_mlx5dv.cpp", "-O0", mutant=mutant).run().returncode == 1
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_case(compile_program: Compile, case: str) -> None:
-    compile_program("rdma_cases.cpp", "-O0", sanitizers=MEMORY_CHECKS).check(case)
+@pytest.mark.parametrize(("source", "case"), CASES)
+def test_case(compile_program: Compile, source: str, case: str) -> None:
+    compile_program(source, "-O0", sanitizers=MEMORY_CHECKS).check(case)
+
+
+@pytest.mark.parametrize("name", MOVER_MISTAKES)
+def test_moves_that_land_late_find_the_mistake(compile_program: Compile, mutant_of: type, name: str) -> None:
+    case, old, new = MOVER_MISTAKES[name]
+    mutant = mutant_of(name=name, header="rdma/software_nic.hpp", old=old, new=new)
+    assert compile_program("mover_cases.cpp", "-O0", mutant=mutant).run(case, timeout_s=20).returncode == 1
 
 
 @pytest.mark.parametrize("sanitizers", ["thread", MEMORY_CHECKS])

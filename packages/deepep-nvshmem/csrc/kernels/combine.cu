@@ -232,8 +232,9 @@ __device__ void sum_stages(const CombineArgs& args, bool has_staged, Pipeline& p
                 sum = __fadd_rn(sum, reinterpret_cast<const float*>(rows + i * args.num_stage_row_bytes)[(item.shifts >> 2 * i & 3) + thread]);
             args.out_topk_weights[item.offset + thread] = sum;
         }
+        // Every reader's own fence, then the arrival: the load warp's next bulk copy into the stage comes after these ordinary reads.
+        ptx::fence_async_shared();
         __syncwarp();
-        // Orders this warp's reads before the load warp's next bulk copy into the stage.
         if (threadIdx.x % 32 == 0) ptx::mbarrier_arrive(pipeline.empty + stage);
     }
 }
@@ -329,12 +330,12 @@ __global__ void __launch_bounds__((kFirstPushWarp + kMaxPushWarpsHere) * 32, 1) 
     const int warp = threadIdx.x / 32;
     const int reader = warp - kNumSumWarps;
     if (warp >= kFirstPushWarp && args.relay != nullptr) {
-        if (!shared.handshake.is_failed) relay_rows(args, context);
+        if (!shared.handshake.is_failed) relay_rows(args, context, dynamic + (warp - kFirstPushWarp) * kRelayWarpBytes);
     } else if (warp >= kFirstPushWarp) {
         push_own_rows(args, context, shared.handshake, warp - kFirstPushWarp, dynamic, shared.staging_barriers[warp - kFirstPushWarp]);
 #if DEEPEP_HAS_BULK
     } else if (args.use_bulk) {
-        uint8_t* ring = dynamic + args.num_push_warps * args.num_staging_lanes * args.num_lane_bytes;
+        uint8_t* ring = dynamic + args.num_push_bytes;
         if (reader < 0) {
             sum_stages(args, has_staged, shared.pipeline, ring, warp);
         } else {
@@ -373,9 +374,8 @@ cudaError_t prepare_combine(bool has_bulk) {
     for (const auto kernel : {gather_and_sum_kernel<0>, gather_and_sum_kernel<kMaxRanks - 1>}) {
         cudaFuncAttributes attributes;
         cudaError_t status = cudaFuncGetAttributes(&attributes, kernel);
-        if (status == cudaSuccess && has_bulk)
-            status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                          kMaxSharedBytes - static_cast<int>(attributes.sharedSizeBytes));
+        const int num_dynamic_bytes = has_bulk ? kMaxSharedBytes - static_cast<int>(attributes.sharedSizeBytes) : kNumRelayWarps * kRelayWarpBytes;
+        if (status == cudaSuccess) status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, num_dynamic_bytes);
         if (status != cudaSuccess) return status;
     }
     return cudaSuccess;

@@ -134,6 +134,7 @@ struct CombineArgs {
     int num_push_warps;     // warps that push (staged: one for each other rank) or relay, else 0
     int num_staging_lanes;  // rows that each of them carries at once
     int num_lane_bytes;     // shared memory of each
+    int num_push_bytes;     // of all of them; or what relay warps copy through
     int num_dynamic_bytes;  // shared memory
 };
 
@@ -155,6 +156,9 @@ constexpr int kMaxDispatchWarps = 20;  // push and side warps together
 constexpr int kMaxStagingLanes = 8;
 constexpr int kMaxPullStages = 16;  // of combine
 constexpr int kMaxLoadWarps = 4;
+constexpr int kNumRelayWarps = kMaxRanks - 1;
+constexpr int kRelayBatch = 8;  // vectors that a lane of a relay warp has under way twice
+constexpr int kRelayWarpBytes = 2 * kRelayBatch * 32 * 16;
 constexpr int kMaxSharedBytes = 232448;  // what a block may have on SM90 and SM100; smaller devices use no bulk copies
 
 cudaError_t launch_layout(const LayoutArgs& args, cudaStream_t stream);

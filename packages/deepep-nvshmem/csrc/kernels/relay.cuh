@@ -7,6 +7,7 @@
 // The puller acquires it before the first bulk load from the chunk. READ_DONE tells the owner when the relayed rows may be overwritten.
 //
 // No deadlock: chunks are claimed by running warps, which wait for nobody.
+#include "deepep/ptx/async_copy.cuh"
 #include "deepep/ptx/bulk.cuh"
 #include "deepep/ptx/memory.cuh"
 #include "combine_parts.cuh"
@@ -37,10 +38,32 @@ __device__ __noinline__ int32_t wait_relayed_row(const CombineArgs& args, const 
     return static_cast<int32_t>(first + (chunk + 1) * chunk_rows);
 }
 
-// One warp's share of the copying. By ordinary loads and stores: with two warps of bulk copies instead the combine was slower (664 against 578 us
-// with 24 SMs on four H200s, 4096 tokens of 7168 columns); they share this SM's copy engine with its pulls.
-__device__ void relay_rows(const CombineArgs& args, const WaitContext& context) {
-    constexpr int kUnroll = 8;
+// By one warp, with two batches of vectors in shared memory, so that many loads are under way without registers. Each lane reads what it has
+// itself brought.
+__device__ __forceinline__ void copy_vectors(int4* to, const int4* from, int64_t num_vectors, uint8_t* buffers) {
+    const int lane = threadIdx.x % 32;
+    const auto vector_in = [&](int batch, int u) { return reinterpret_cast<int4*>(buffers) + (batch * kRelayBatch + u) * 32 + lane; };
+    const auto load = [&](int64_t base, int batch) {
+#pragma unroll
+        for (int u = 0; u < kRelayBatch; ++u)
+            if (base + u * 32 < num_vectors) ptx::async_copy_16(vector_in(batch, u), from + base + u * 32);
+        ptx::async_commit();
+    };
+    int batch = 0;
+    load(lane, 0);
+    for (int64_t base = lane; base < num_vectors; base += 32 * kRelayBatch, batch ^= 1) {
+        load(base + 32 * kRelayBatch, batch ^ 1);
+        ptx::async_wait<1>();
+#pragma unroll
+        for (int u = 0; u < kRelayBatch; ++u)
+            if (base + u * 32 < num_vectors) to[base + u * 32] = *vector_in(batch, u);
+    }
+    ptx::async_wait<0>();
+}
+
+// One warp's share of the copying. By ordinary stores: with two warps of bulk copies instead the combine was slower (664 against 578 us with 24
+// SMs on four H200s, 4096 tokens of 7168 columns); they share this SM's copy engine with its pulls.
+__device__ void relay_rows(const CombineArgs& args, const WaitContext& context, uint8_t* buffers) {
     const Domain& domain = args.domain;
     const int lane = threadIdx.x % 32, num_ranks = domain.num_ranks;
     // Lane d stands for destination d.
@@ -59,18 +82,8 @@ __device__ void relay_rows(const CombineArgs& args, const WaitContext& context) 
         const int64_t begin = __shfl_sync(~0u, first + index * chunk_rows, dst_rank);
         const int64_t end = min_of(__shfl_sync(~0u, min_of(first + (index + 1) * chunk_rows, first + num_rows), dst_rank), args.num_recv_tokens);
         if (begin >= end) continue;
-        const int4* from = reinterpret_cast<const int4*>(args.y + begin * args.parts.num_row_bytes);
-        int4* to = reinterpret_cast<int4*>(args.relay + begin * args.parts.num_row_bytes);
-        const int64_t num_vectors = (end - begin) * args.parts.num_row_bytes / 16;
-        for (int64_t base = lane; base < num_vectors; base += 32 * kUnroll) {
-            int4 vectors[kUnroll];
-#pragma unroll
-            for (int u = 0; u < kUnroll; ++u)
-                if (base + u * 32 < num_vectors) vectors[u] = from[base + u * 32];
-#pragma unroll
-            for (int u = 0; u < kUnroll; ++u)
-                if (base + u * 32 < num_vectors) to[base + u * 32] = vectors[u];
-        }
+        copy_vectors(reinterpret_cast<int4*>(args.relay + begin * args.parts.num_row_bytes),
+                     reinterpret_cast<const int4*>(args.y + begin * args.parts.num_row_bytes), (end - begin) * args.parts.num_row_bytes / 16, buffers);
         __syncwarp();  // joins the warp's stores to lane 0, whose release passes them on
         if (lane == 0)
             ptx::store_release_sys(domain.window.slot_full(domain.arenas[dst_rank], Op::kCombine, domain.rank) + index,

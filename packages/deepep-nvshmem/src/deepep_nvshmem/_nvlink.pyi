@@ -156,7 +156,10 @@ class Runtime:
         num_warps: int = 0,
         num_stages: int = 0,
         num_side_warps: int = 0,
-    ) -> str: ...
+        ticket: int = 0,  # of a notify: first wait for its counts, as wait_counts does
+        least_rows: int = 0,  # then launch only if all agree and least_rows to capacity rows come; else None
+        timeout_s: float = 0.0,
+    ) -> str | None: ...
     def combine(
         self,
         *,

@@ -7,7 +7,6 @@ through a ``MemPool`` over it, so tensors there behave like any other (streams, 
 from __future__ import annotations
 
 import contextlib
-import os
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -15,11 +14,8 @@ from typing import Any
 import torch
 
 from deep_ep.backend import GroupFacts
-from deep_ep.errors import BackendUnavailableError, BufferStateError, DeepEPError
-from deep_ep.rendezvous import close_descriptors, exchange_descriptors
-
-HEAP_GRANULE_BYTES = 2 << 20
-"""The heap hands out multiples of this; it is also what the driver maps at once."""
+from deep_ep.errors import BufferStateError
+from deep_ep.symmetric import GRANULE_BYTES, MappedArena, whole_granules
 
 _retired: list[SymmetricArena] = []
 """Arenas of destroyed buffers in which the user still holds tensors."""
@@ -39,58 +35,28 @@ class SymmetricArena:
         """Collective. Raises `BackendUnavailableError` on every rank if any rank could not reserve or map."""
         _close_retired()
         self._extension = extension
-        self._peers: list[Any] = []
-        self._arena: Any = None
         self._heap: Any = None
         self._is_closed = False
         self._device_index = facts.device.index
         self._thread = threading.local()
-        self._allocator: Any = None
-        channel, phase = facts.channel, "construction"
-        num_window_bytes = _whole_granules(num_window_bytes)
-        num_bytes = num_window_bytes + _whole_granules(num_heap_bytes)
-        refusal = ""
-        descriptor = -1
-        try:
-            self._arena = extension.Arena(device=facts.device.index, num_reserved_bytes=num_bytes)
-            descriptor = self._arena.export_fd(self._arena.grow(num_bytes))
-        except extension.NativeError as error:
-            refusal = f"rank {facts.rank} could not reserve {num_bytes >> 20} MiB of shareable GPU memory: {error}"
-        self._agree(channel, refusal, timeout_s)
-        self.num_bytes = int(self._arena.num_bytes)
-        descriptors: list[int] = []
-        try:
-            descriptors = exchange_descriptors(channel, descriptor, phase=phase, timeout_s=timeout_s)
-            self.arena_ptrs = [int(self._arena.base)] * facts.num_ranks
-            for rank, peer_descriptor in enumerate(descriptors):
-                if rank != facts.rank:
-                    peer = extension.PeerArena(device=facts.device.index, num_reserved_bytes=self.num_bytes)
-                    self._peers.append(peer)
-                    peer.map(peer_descriptor, self.num_bytes)
-                    self.arena_ptrs[rank] = int(peer.base)
-        except (extension.NativeError, DeepEPError) as error:
-            refusal = f"rank {facts.rank} could not map a peer's GPU memory: {error}"
-        finally:
-            close_descriptors(descriptors)
-            os.close(descriptor)
-        self._agree(channel, refusal, timeout_s)
-        heap_start = int(self._arena.base) + num_window_bytes
+        num_window_bytes = whole_granules(num_window_bytes)
+        self._mapped = MappedArena(
+            extension,
+            facts,
+            num_bytes=num_window_bytes + whole_granules(num_heap_bytes),
+            timeout_s=timeout_s,
+            backend="nvlink",
+            cure="Use a smaller heap (DEEPEP_SYMMETRIC_HEAP_MB).",
+        )
+        self.num_bytes, self.arena_ptrs = self._mapped.num_bytes, self._mapped.arena_ptrs
         self._heap = extension.Heap(
-            base=heap_start, num_bytes=self.num_bytes - num_window_bytes, granule=HEAP_GRANULE_BYTES
+            base=self._mapped.base + num_window_bytes,
+            num_bytes=self.num_bytes - num_window_bytes,
+            granule=GRANULE_BYTES,
         )
         self._allocator = torch.cuda.memory.CUDAPluggableAllocator(
             extension.__file__, "deepep_heap_alloc", "deepep_heap_free"
         )
-
-    def _agree(self, channel: Any, refusal: str, timeout_s: float) -> None:
-        """One rank's failure is every rank's, in the same words."""
-        texts = channel.gather_texts(refusal, phase="construction", timeout_s=timeout_s)
-        failed = [text for text in texts if text]
-        if failed:
-            self._release()
-            raise BackendUnavailableError(
-                f"backend 'nvlink': {failed[0]}. Use a smaller heap (DEEPEP_SYMMETRIC_HEAP_MB)."
-            )
 
     @property
     def num_free_bytes(self) -> int:
@@ -122,9 +88,7 @@ class SymmetricArena:
 
     def close(self) -> None:
         """Unmap the peers, and release the arena as soon as no tensor lives in it. No kernel may be running on it."""
-        for peer in self._peers:
-            peer.close()
-        self._peers.clear()
+        self._mapped.close_peers()
         self._is_closed = True
         self._thread = threading.local()  # drops the pools, which returns what torch only caches
         _retired.append(self)
@@ -132,18 +96,6 @@ class SymmetricArena:
 
     def _is_empty(self) -> bool:
         return self._heap is None or self._heap.num_free_bytes == self._heap.num_bytes
-
-    def _release(self) -> None:
-        for peer in self._peers:
-            peer.close()
-        self._peers.clear()
-        if self._arena is not None:
-            self._arena.close()
-            self._arena = None
-
-
-def _whole_granules(num_bytes: int) -> int:
-    return -(-num_bytes // HEAP_GRANULE_BYTES) * HEAP_GRANULE_BYTES
 
 
 def _close_retired() -> None:
@@ -153,4 +105,4 @@ def _close_retired() -> None:
         torch.cuda.empty_cache()
     for arena in [a for a in _retired if a._is_empty()]:
         _retired.remove(arena)
-        arena._release()
+        arena._mapped.close()

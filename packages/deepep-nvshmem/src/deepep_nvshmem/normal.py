@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import statistics
-import struct
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any, ClassVar
 
 import torch
 
@@ -26,47 +24,35 @@ from deep_ep.backend import (
     Operation,
 )
 from deep_ep.errors import ArgumentError, BufferStateError, DeepEPError, PeersDisagreeError, PeerTimeoutError
-from deep_ep.events import use_stream
+from deep_ep.events import StreamOrder, use_stream
 from deep_ep.handles import IntranodeHandle
 from deep_ep.headers import CallHeader, dtype_code, judge
 
 from .arena import SymmetricArena
 from .backend import load_extension
+from .faults import HARMLESS, exception_for
+from .outputs import Outputs, least_rows, size_class
+from .push_limit import measure_push_limit
 
 MAX_LOCAL_EXPERTS = 1024
 NUM_STAGING_BYTES = 64 << 20
 # On four H200s these many are within 1 % of the best (docs/benchmarks.md). A relay gains from every further SM.
 _ENOUGH_SMS_TO_DISPATCH, _ENOUGH_SMS_TO_PULL = 12, 16
 _REFUSED = 1
-_HARMLESS_ERRORS = ("mismatch", "bad_count", "layout_mismatch", "overflow")  # nothing was written that should not be
+_INT_BYTES = 4
 _HEADER_ERRORS = ("mismatch", "bad_count")  # every rank sees these alike, and nothing has moved
-_OFFSET, _SECONDS = struct.Struct("<q"), struct.Struct("<d")
-# What the push limit is measured with: large enough that launches and tails do not count, small enough for the heap.
-_LIMIT_ROWS, _LIMIT_ROW_BYTES, _LIMIT_LAUNCHES, _LIMIT_REPETITIONS = 4096, 7168, 10, 5
-_SIZE_CLASSES_PER_DOUBLING = 8
-
-
-class _Outputs(NamedTuple):
-    """What a dispatch writes: blocks of ``capacity`` rows, or what is left of them after `first_rows`."""
-
-    capacity: int
-    x: torch.Tensor | None
-    scales: torch.Tensor | None
-    topk_idx: torch.Tensor | None
-    topk_weights: torch.Tensor | None
-    src_idx: torch.Tensor | None
-
-    def first_rows(self, num_rows: int) -> _Outputs:
-        """The same memory, cut to ``num_rows`` rows."""
-        return _Outputs(num_rows, *(t[:num_rows] if t is not None else None for t in self[1:]))
 
 
 class NvlinkNormal(NormalBackend):
     """One buffer's normal mode on the backend ``nvlink``."""
 
+    orders_output_stream: ClassVar[bool] = True
+
     def __init__(self, facts: GroupFacts, options: BufferOptions) -> None:
         self._facts = facts
         self._timeout_s = options.timeout_s
+        # The kernel has its own deadline and reports who is missing; the host waits a little longer to hear it.
+        self._host_timeout_s = options.timeout_s * 1.25 + 5
         self._extension = load_extension()
         runtime_class = self._extension.Runtime
         num_window_bytes = runtime_class.window_bytes(
@@ -90,49 +76,61 @@ class NvlinkNormal(NormalBackend):
         )
         self._runtime.set_timeout_ns(int(options.timeout_s * 1e9))
         self._stream = torch.cuda.Stream(facts.device, priority=-1)
+        self._handle = self._stream.cuda_stream
         self._tickets = itertools.count(1)
         self._num_calls = 0
         self._placement: dict[str, str] = {}
         self._broken = ""
-        self._last_num_recv = 0
+        self._capacity = 1  # of the last dispatch that had to ask for its row count
+        self._order = StreamOrder()
         self._scratch: torch.Tensor | None = None  # made when somebody asks for it; no kernel uses it
         # Peers may store to this arena as soon as they leave the constructor: it has to be zeroed everywhere first.
         facts.channel.all_agree(True, phase="construction", timeout_s=options.timeout_s)
 
     # --- calls ------------------------------------------------------------------------------------------------------
 
-    def _current(self) -> int:
-        """Handle of the stream to launch on."""
-        return int(torch.cuda.current_stream(self._facts.device.index).cuda_stream)
+    def _follow(self, output_stream: torch.cuda.Stream | None) -> None:
+        """Let this backend's stream wait for the one on which outputs were allocated just now, if it is another.
+
+        What was freed there may still be in use there, up to the moment of allocation.
+        """
+        if output_stream is not None:
+            self._order.wait(self._stream, output_stream)
 
     @property
     def comm_stream(self) -> torch.cuda.Stream:
         return self._stream
 
-    def layout(self, topk_idx: torch.Tensor, num_experts: int) -> DispatchLayout:
+    def layout(
+        self, topk_idx: torch.Tensor, num_experts: int, output_stream: torch.cuda.Stream | None = None
+    ) -> DispatchLayout:
         num_tokens, num_topk = topk_idx.shape
         num_ranks, device = self._facts.num_ranks, topk_idx.device
         _on_cuda(topk_idx, "get_dispatch_layout")
+        runtime = self._alive("get_dispatch_layout")
         counts = torch.empty(num_ranks + num_experts, dtype=torch.int32, device=device)
-        is_token_in_rank = torch.empty((num_tokens, num_ranks), dtype=torch.bool, device=device)
-        per_rank, per_expert = counts[:num_ranks], counts[num_ranks:]
-        self._alive("get_dispatch_layout").layout(
+        is_token_in_rank = torch.empty(num_tokens, num_ranks, dtype=torch.bool, device=device)
+        self._follow(output_stream)
+        address = counts.data_ptr()
+        runtime.layout(
             topk_idx=topk_idx.data_ptr(),
             topk_idx_bits=topk_idx.element_size() * 8,
             num_tokens=num_tokens,
             num_topk=num_topk,
             num_experts=num_experts,
-            num_tokens_per_rank=per_rank.data_ptr(),
-            num_tokens_per_expert=per_expert.data_ptr(),
+            num_tokens_per_rank=address,
+            num_tokens_per_expert=address + num_ranks * _INT_BYTES,
             is_token_in_rank=is_token_in_rank.data_ptr(),
             num_bad_indices=0,
-            stream=self._current(),
+            stream=self._handle,
         )
+        per_rank, per_expert = counts.split_with_sizes((num_ranks, num_experts))
         return DispatchLayout(
             num_tokens_per_rank=per_rank,
             num_tokens_per_rdma_rank=None,
             num_tokens_per_expert=per_expert,
             is_token_in_rank=is_token_in_rank,
+            is_on_output_stream=output_stream is not None,
         )
 
     def dispatch(self, request: DispatchRequest) -> DispatchResult:
@@ -141,54 +139,36 @@ class NvlinkNormal(NormalBackend):
         _on_cuda(request.x, "dispatch")
         runtime = self._alive("cached_dispatch")
         handle = IntranodeHandle.from_tuple(request.handle)
-        with _allocating_on(request.output_stream):
-            outputs = self._outputs(request, handle.num_recv_tokens, 0, with_source=False)
+        num_recv = handle.num_recv_tokens
+        outputs = self._outputs(request, size_class(max(num_recv, 1)), 0, with_source=False)
         self._launch_dispatch(
             runtime,
             request,
             outputs,
             num_experts=self._facts.num_ranks,
-            rank_prefix=handle.rank_prefix_matrix,
-            send_head=handle.send_head,
+            rank_prefix=handle.rank_prefix_matrix.data_ptr(),
+            send_head=handle.send_head.data_ptr(),
         )
         self._num_calls += 1
-        outputs = outputs.first_rows(handle.num_recv_tokens)
-        assert outputs.x is not None
+        outputs.cut(num_recv)
         return DispatchResult(
             recv_x=outputs.x, recv_scales=outputs.scales, is_on_output_stream=request.output_stream is not None
         )
 
     def _fresh_dispatch(self, request: DispatchRequest) -> DispatchResult:
         runtime = self._alive("dispatch")
-        try:
-            _on_cuda(request.x, "dispatch")
-        except ArgumentError as error:
-            self.refuse("dispatch", str(error))
-            raise
-        layout = request.layout
-        assert layout is not None
-        num_ranks, device = self._facts.num_ranks, request.x.device
-        num_tokens = request.x.shape[0]
+        layout, waits = self._checked_layout(request), request.num_worst_tokens == 0
+        num_ranks, num_tokens = self._facts.num_ranks, request.x.shape[0]
         num_experts = layout.num_tokens_per_expert.numel()
-        num_local = num_experts // num_ranks
-        if num_local > MAX_LOCAL_EXPERTS:
-            self._refuse_and_raise(f"num_experts is {num_experts}; at most {MAX_LOCAL_EXPERTS} experts per rank.")
-        waits = request.num_worst_tokens == 0
-        if waits and torch.cuda.is_current_stream_capturing():
-            self._refuse_and_raise(
-                "a CUDA graph is being captured; pass num_worst_tokens, so that the host need not wait."
-            )
         num_topk = request.topk_idx.shape[1] if request.topk_idx is not None else 0
-        # Blocks of the size that the last call needed are taken before the counts are known: most often they are right
-        # again, and between the counts and the launch the GPU idles.
-        guess = self._last_num_recv if waits else request.num_worst_tokens
-        with _allocating_on(request.output_stream):
-            numbers = torch.empty(num_ranks * (num_ranks + 1 + num_tokens), dtype=torch.int32, device=device)
-            outputs = self._outputs(request, guess, num_topk, with_source=True)
-        heads, prefixes = numbers.split((num_tokens * num_ranks, num_ranks * (num_ranks + 1)))
-        send_head = heads.view(num_tokens, num_ranks)
-        rank_prefix = prefixes[: num_ranks * num_ranks].view(num_ranks, num_ranks)
-        first_rows = prefixes[num_ranks * num_ranks :].view(num_ranks, 1)
+        # Blocks as large as the last call's are taken before the counts are known. Most often they are right again, and
+        # then the launch follows the counts at once: from the counts to the launch the GPU idles.
+        capacity = self._capacity if waits else size_class(request.num_worst_tokens)
+        num_head, num_prefix = num_tokens * num_ranks, num_ranks * num_ranks
+        numbers = torch.empty(num_head + num_prefix + num_ranks, dtype=torch.int32, device=request.x.device)
+        outputs = self._outputs(request, capacity, num_topk, with_source=True)
+        send_head = numbers.data_ptr()
+        rank_prefix = send_head + num_head * _INT_BYTES
         sequence, self._num_calls = self._num_calls, self._num_calls + 1
         ticket = next(self._tickets) if waits else 0
         runtime.notify(
@@ -199,65 +179,88 @@ class NvlinkNormal(NormalBackend):
             num_tokens_per_rank=layout.num_tokens_per_rank.data_ptr(),
             num_tokens_per_expert=layout.num_tokens_per_expert.data_ptr(),
             is_token_in_rank=layout.is_token_in_rank.data_ptr(),
-            rank_prefix=rank_prefix.data_ptr(),
-            send_head=send_head.data_ptr(),
+            rank_prefix=rank_prefix,
+            send_head=send_head,
             recv_tokens_per_expert=0,
             num_bad_indices=0,
             ticket=ticket,
-            stream=self._current(),
-            first_rows=first_rows.data_ptr(),
+            stream=self._handle,
+            first_rows=rank_prefix + num_prefix * _INT_BYTES,
         )
-        counts = self._wait_counts(runtime, ticket, lambda: _header(sequence, request)) if waits else None
-        num_recv = request.num_worst_tokens
-        if counts is not None:
-            self._last_num_recv = num_recv = counts.num_recv_tokens
-            if num_recv > outputs.capacity or _size_class(max(num_recv, 1)) < outputs.capacity:
-                with _allocating_on(request.output_stream):
-                    outputs = self._outputs(request, num_recv, num_topk, with_source=True)
-        self._launch_dispatch(
-            runtime,
-            request,
-            outputs if waits else outputs.first_rows(num_recv),
-            num_experts=num_experts,
-            rank_prefix=rank_prefix,
-            send_head=send_head,
-            fill_unused=not waits,
-        )
-        outputs = outputs.first_rows(num_recv)
-        assert outputs.x is not None and outputs.src_idx is not None
+        routing = {"num_experts": num_experts, "rank_prefix": rank_prefix, "send_head": send_head}
+        num_recv, per_expert = request.num_worst_tokens, []
+        is_launched = self._launch_dispatch(runtime, request, outputs, **routing, ticket=ticket)
+        if waits:
+            counts = runtime.wait_counts(ticket, 0.0)  # if they came, they came before the launch
+            if not is_launched:
+                try:
+                    self._judge(runtime, counts, lambda: _header(sequence, request))
+                except DeepEPError:
+                    # The exchange may still be writing to memory that the caller's stream gets back now.
+                    if request.output_stream is not None:
+                        self._order.wait(request.output_stream, self._stream)
+                    raise
+                capacity = size_class(max(counts.num_recv_tokens, 1))
+                outputs = self._outputs(request, capacity, num_topk, with_source=True)
+                self._launch_dispatch(runtime, request, outputs, **routing)
+            self._capacity = capacity
+            num_recv, per_expert = counts.num_recv_tokens, counts.num_recv_tokens_per_expert
+        # The GPU has its work; everything below takes place meanwhile.
+        outputs.cut(num_recv)
+        assert outputs.src_idx is not None
         handle = IntranodeHandle(
-            rank_prefix_matrix=rank_prefix,
+            rank_prefix_matrix=numbers.as_strided((num_ranks, num_ranks), (num_ranks, 1), num_head),
             channel_prefix_matrix=layout.num_tokens_per_rank.view(num_ranks, 1),
-            recv_channel_prefix_matrix=first_rows,
+            recv_channel_prefix_matrix=numbers.as_strided((num_ranks, 1), (1, 1), num_head + num_prefix),
             recv_src_idx=outputs.src_idx,
             is_token_in_rank=layout.is_token_in_rank,
-            send_head=send_head,
+            send_head=numbers.as_strided((num_tokens, num_ranks), (num_ranks, 1)),
         )
         return DispatchResult(
             recv_x=outputs.x,
             recv_scales=outputs.scales,
             recv_topk_idx=outputs.topk_idx,
             recv_topk_weights=outputs.topk_weights,
-            num_recv_tokens_per_expert=list(counts.num_recv_tokens_per_expert) if counts is not None else [],
+            num_recv_tokens_per_expert=per_expert,
             handle=handle.to_tuple(),
             is_on_output_stream=request.output_stream is not None,
         )
+
+    def _checked_layout(self, request: DispatchRequest) -> DispatchLayout:
+        """The layout of a fresh dispatch that this backend can serve; anything else is refused on every rank."""
+        try:
+            _on_cuda(request.x, "dispatch")
+        except ArgumentError as error:
+            self.refuse("dispatch", str(error))
+            raise
+        layout = request.layout
+        assert layout is not None
+        num_experts = layout.num_tokens_per_expert.numel()
+        if num_experts // self._facts.num_ranks > MAX_LOCAL_EXPERTS:
+            self._refuse_and_raise(f"num_experts is {num_experts}; at most {MAX_LOCAL_EXPERTS} experts per rank.")
+        if request.num_worst_tokens == 0 and torch.cuda.is_current_stream_capturing():
+            self._refuse_and_raise(
+                "a CUDA graph is being captured; pass num_worst_tokens, so that the host need not wait."
+            )
+        return layout
 
     def _launch_dispatch(
         self,
         runtime: Any,
         request: DispatchRequest,
-        outputs: _Outputs,
+        outputs: Outputs,
         *,
         num_experts: int,
-        rank_prefix: torch.Tensor,
-        send_head: torch.Tensor,
-        fill_unused: bool = False,
-    ) -> None:
+        rank_prefix: int,
+        send_head: int,
+        ticket: int = 0,
+    ) -> bool:
+        """Launch the kernel; with a ticket, after the counts have come, and only if ``outputs`` are right for them."""
         x, scales, topk_idx = request.x, request.scales, request.topk_idx
+        num_tokens, hidden = x.shape
         how = runtime.dispatch(
             x=x.data_ptr(),
-            num_row_bytes=x.shape[1] * x.element_size(),
+            num_row_bytes=hidden * x.element_size(),
             scales=_address(scales),
             num_scales=scales.shape[1] if scales is not None else 0,
             scales_stride_token=scales.stride(0) if scales is not None else 0,
@@ -265,23 +268,29 @@ class NvlinkNormal(NormalBackend):
             topk_idx=_address(topk_idx),
             topk_idx_bits=topk_idx.element_size() * 8 if topk_idx is not None else 64,
             topk_weights=_address(request.topk_weights),
-            num_tokens=x.shape[0],
+            num_tokens=num_tokens,
             num_topk=topk_idx.shape[1] if topk_idx is not None else 0,
             num_experts=num_experts,
-            rank_prefix=rank_prefix.data_ptr(),
-            send_head=send_head.data_ptr(),
-            recv_x=_address(outputs.x),
+            rank_prefix=rank_prefix,
+            send_head=send_head,
+            recv_x=outputs.x.data_ptr(),
             recv_scales=_address(outputs.scales),
             recv_topk_idx=_address(outputs.topk_idx),
             recv_topk_weights=_address(outputs.topk_weights),
             recv_src_idx=_address(outputs.src_idx),
             has_src_idx=outputs.src_idx is not None,
-            capacity=outputs.capacity,
-            fill_unused=fill_unused,
+            capacity=request.num_worst_tokens or outputs.capacity,
+            fill_unused=request.num_worst_tokens > 0,
             num_sms=_num_sms(request, _ENOUGH_SMS_TO_DISPATCH),
-            stream=self._current(),
+            stream=self._handle,
+            ticket=ticket,
+            least_rows=least_rows(outputs.capacity),
+            timeout_s=self._host_timeout_s,
         )
+        if how is None:
+            return False
         self._placement = {"recv_x": "in place" if how == "in_place" else how}
+        return True
 
     def combine(self, request: CombineRequest) -> CombineResult:
         _on_cuda(request.x, "combine")
@@ -290,10 +299,10 @@ class NvlinkNormal(NormalBackend):
         weights, device = request.topk_weights, request.x.device
         num_topk = weights.shape[1] if weights is not None else 0
         combined_weights: torch.Tensor | None = None
-        with _allocating_on(request.output_stream):
-            combined = torch.empty((handle.num_tokens, request.x.shape[1]), dtype=torch.bfloat16, device=device)
-            if weights is not None:
-                combined_weights = torch.empty((handle.num_tokens, num_topk), dtype=torch.float32, device=device)
+        combined = torch.empty((handle.num_tokens, request.x.shape[1]), dtype=torch.bfloat16, device=device)
+        if weights is not None:
+            combined_weights = torch.empty((handle.num_tokens, num_topk), dtype=torch.float32, device=device)
+        self._follow(request.output_stream)
         relay, weights = self._relay(runtime, request)
         biases = [bias.data_ptr() for bias in request.biases] + [0, 0]
         how = runtime.combine(
@@ -310,7 +319,7 @@ class NvlinkNormal(NormalBackend):
             out=combined.data_ptr(),
             out_topk_weights=_address(combined_weights),
             num_sms=_num_sms(request, _ENOUGH_SMS_TO_PULL if relay is None else request.num_sms),
-            stream=self._current(),
+            stream=self._handle,
             relay=_address(relay),
         )
         self._num_calls += 1
@@ -331,8 +340,8 @@ class NvlinkNormal(NormalBackend):
         if x.shape[0] == 0 or self._facts.num_ranks == 1 or runtime.is_symmetric(x.data_ptr(), x.numel() * 2):
             return None, weights
         try:
-            with self._arena.allocate_here():
-                relay = torch.empty((_size_class(x.shape[0]), x.shape[1]), dtype=x.dtype, device=x.device)
+            with use_stream(self._stream), self._arena.allocate_here():
+                relay = torch.empty((size_class(x.shape[0]), x.shape[1]), dtype=x.dtype, device=x.device)
                 if weights is not None:
                     weights = weights.clone()
         except torch.OutOfMemoryError:
@@ -342,68 +351,22 @@ class NvlinkNormal(NormalBackend):
         return (relay, weights) if is_reachable else (None, request.topk_weights)
 
     def push_limit_gbps(self, num_sms: int) -> float | None:
-        if self._facts.num_ranks == 1:
-            return None
-        num_ranks, channel, device = self._facts.num_ranks, self._facts.channel, self._facts.device
-        num_bytes = _LIMIT_ROWS * _LIMIT_ROW_BYTES
-        with self._arena.allocate_here():
-            landing = torch.empty(num_ranks * num_bytes, dtype=torch.uint8, device=device)
-        source = torch.randint(0, 256, ((num_ranks - 1) * num_bytes,), dtype=torch.uint8, device=device)
-        own_offset = landing.data_ptr() - self._arena.arena_ptrs[self._facts.rank]
-        record = _OFFSET.pack(own_offset)
-        offsets = channel.all_gather(record, phase="push limit", timeout_s=self._timeout_s)
-        targets = [p + _OFFSET.unpack(o)[0] for p, o in zip(self._arena.arena_ptrs, offsets, strict=True)]
-        seconds: list[float] = []
-        for _ in range(_LIMIT_REPETITIONS):
-            torch.cuda.synchronize()
-            channel.all_agree(True, phase="push limit", timeout_s=self._timeout_s)
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            for _ in range(_LIMIT_LAUNCHES):
-                self._extension.fabric_limit(
-                    direction="push",
-                    rank=self._facts.rank,
-                    arena_ptrs=targets,
-                    local=source.data_ptr(),
-                    num_rows=_LIMIT_ROWS,
-                    num_row_bytes=_LIMIT_ROW_BYTES,
-                    num_sms=num_sms,
-                    stream=self._current(),
-                )
-            end.record()
-            end.synchronize()
-            own = _SECONDS.pack(begin.elapsed_time(end) * 1e-3 / _LIMIT_LAUNCHES)
-            everybody = channel.all_gather(own, phase="push limit", timeout_s=self._timeout_s)
-            seconds.append(max(_SECONDS.unpack(s)[0] for s in everybody))
-        return (num_ranks - 1) * num_bytes / statistics.median(seconds) / 1e9
+        return measure_push_limit(self._extension, self._facts, self._arena, num_sms=num_sms, timeout_s=self._timeout_s)
 
     # --- memory -----------------------------------------------------------------------------------------------------
 
-    def _outputs(self, request: DispatchRequest, num_rows: int, num_topk: int, *, with_source: bool) -> _Outputs:
-        """Blocks for at least ``num_rows`` rows, in symmetric memory if they fit, else anywhere.
+    def _outputs(self, request: DispatchRequest, capacity: int, num_topk: int, *, with_source: bool) -> Outputs:
+        """Blocks of ``capacity`` rows, in symmetric memory if they fit, else anywhere.
 
-        Rows that land elsewhere come through the staging window. Row counts differ from call to call; rounding them up
-        to a few size classes lets torch's allocator reuse blocks, where exact sizes would shatter the heap.
+        Rows that land elsewhere come through the staging window.
         """
-        x, scales = request.x, request.scales
-        capacity = _size_class(max(num_rows, 1))
-        shapes: list[tuple[tuple[int, ...], torch.dtype] | None] = [
-            ((capacity, x.shape[1]), x.dtype),
-            ((capacity, scales.shape[1]), scales.dtype) if scales is not None else None,
-            ((capacity, num_topk), torch.int64) if num_topk else None,
-            ((capacity, num_topk), torch.float32) if num_topk else None,
-            ((capacity,), torch.int32) if with_source else None,
-        ]
-
-        def allocate() -> list[torch.Tensor | None]:
-            return [torch.empty(s[0], dtype=s[1], device=x.device) if s is not None else None for s in shapes]
-
         try:
             with self._arena.allocate_here():
-                blocks = allocate()
+                outputs = Outputs.allocate(request, capacity, num_topk, with_source=with_source)
         except torch.OutOfMemoryError:
-            blocks = allocate()
-        return _Outputs(capacity, *blocks)
+            outputs = Outputs.allocate(request, capacity, num_topk, with_source=with_source)
+        self._follow(request.output_stream)
+        return outputs
 
     @contextlib.contextmanager
     def symmetric_memory(self) -> Iterator[None]:
@@ -434,43 +397,15 @@ class NvlinkNormal(NormalBackend):
 
     def _failure(self, record: Any) -> DeepEPError:
         """The exception for what a kernel reported; after a failed wait the buffer is unusable until `reset`."""
-        elapsed_s = record.elapsed_ns / 1e9
-        where = f"{record.op}: rank {record.rank}"
-        what = (
-            f"{record.phase}, epoch {record.epoch}: saw {record.seen}, expected {record.expected} after "
-            f"{elapsed_s:.3f} s"
-        )
-        error: DeepEPError
-        if record.kind == "timeout":
-            error = PeerTimeoutError(
-                f"{where} waited {elapsed_s:.1f} s for rank {record.peer} ({what}). Either rank {record.peer} is late "
-                "(raise the deadline: DEEPEP_TIMEOUT_S), or it made no such call, or it is gone.",
-                ranks=[record.peer],
-                phase=record.phase,
-                waited_s=elapsed_s,
-            )
-        elif record.kind == "overflow":
-            error = ArgumentError(
-                f"{where}: more rows came from rank {record.peer} than the output holds ({what}). "
-                "Pass a larger num_worst_tokens."
-            )
-        elif record.kind == "aborted":
-            error = BufferStateError(f"{where}: aborted while it waited for rank {record.peer} ({what}).")
-        else:
-            error = PeersDisagreeError(
-                f"{where} and rank {record.peer} disagree: {record.kind} ({what}).",
-                ranks=[record.peer],
-                phase=record.phase,
-            )
-        if record.kind in _HARMLESS_ERRORS:
+        error = exception_for(record)
+        if record.kind in HARMLESS:
             self._runtime.clear_error()
         else:
             self._broken = str(error)
         return error
 
-    def _wait_counts(self, runtime: Any, ticket: int, header: Callable[[], CallHeader]) -> Any:
-        # The kernel has its own deadline and reports who is missing; the host waits a little longer to hear it.
-        counts = runtime.wait_counts(ticket, self._timeout_s * 1.25 + 5)
+    def _judge(self, runtime: Any, counts: Any, header: Callable[[], CallHeader]) -> None:
+        """Raise what keeps the call from going on with these counts, or without them."""
         record = runtime.error()
         if record is not None and (record.op != "notify" or record.kind not in _HEADER_ERRORS):
             raise self._failure(record)
@@ -485,7 +420,6 @@ class NvlinkNormal(NormalBackend):
         if record is not None or counts.mismatch_mask or counts.bad_count_mask:
             runtime.clear_error()
             self._explain(header())
-        return counts
 
     def _explain(self, header: CallHeader) -> None:
         """Some header differs, and every rank has seen that: exchange them in full, and raise what they call for."""
@@ -504,20 +438,19 @@ class NvlinkNormal(NormalBackend):
     def refuse(self, operation: Operation, reason: str) -> None:
         if operation != "dispatch" or self._runtime is None or self._broken:
             return
+        with use_stream(self._stream):
+            if torch.cuda.is_current_stream_capturing():
+                return  # what is launched now is only recorded: no peer would hear it
         header = CallHeader(operation="dispatch", sequence=self._num_calls, refusal=reason)
         self._num_calls += 1
-        with use_stream(self._stream):
-            ticket = next(self._tickets)
-            self._runtime.refuse(
-                fields=[],
-                num_experts=self._facts.num_ranks,
-                reason=_REFUSED,
-                ticket=ticket,
-                stream=self._current(),
-            )
-            # What the peers say to this has no place in the caller's own error.
-            with contextlib.suppress(DeepEPError):
-                self._wait_counts(self._runtime, ticket, lambda: header)
+        ticket = next(self._tickets)
+        self._runtime.refuse(
+            fields=[], num_experts=self._facts.num_ranks, reason=_REFUSED, ticket=ticket, stream=self._handle
+        )
+        # What the peers say to this has no place in the caller's own error.
+        with contextlib.suppress(DeepEPError):
+            counts = self._runtime.wait_counts(ticket, self._host_timeout_s)
+            self._judge(self._runtime, counts, lambda: header)
 
     def abort(self) -> None:
         if self._runtime is not None:
@@ -586,18 +519,6 @@ def _header(sequence: int, request: DispatchRequest) -> CallHeader:
     )
 
 
-@contextlib.contextmanager
-def _allocating_on(stream: torch.cuda.Stream | None) -> Iterator[None]:
-    """Allocate inside on ``stream``; the current stream then waits for what may still use the memory there."""
-    if stream is None:
-        yield
-        return
-    current = torch.cuda.current_stream(stream.device_index)
-    with use_stream(stream):
-        yield
-    current.wait_stream(stream)
-
-
 def _num_sms(request: DispatchRequest | CombineRequest, enough: int) -> int:
     """The user's number, or what is enough if the number is only a ceiling."""
     return request.num_sms if request.num_sms_is_exact else min(request.num_sms, enough)
@@ -614,9 +535,3 @@ def _on_cuda(tensor: torch.Tensor, call: str) -> None:
             "build the buffer "
             "with backend='reference'."
         )
-
-
-def _size_class(num_rows: int) -> int:
-    """``num_rows`` rounded up so that there are only a few sizes per doubling."""
-    step = 1 << max(0, (num_rows - 1).bit_length() - _SIZE_CLASSES_PER_DOUBLING.bit_length())
-    return -(-num_rows // step) * step

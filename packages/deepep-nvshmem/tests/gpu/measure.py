@@ -171,7 +171,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--sms", type=int, nargs="+", default=[8, 10, 12, 16, 24])
-    parts = ["fabric", "small", "fp8", "bf16", "combine", "staged", "sweep"]
+    parts = ["fabric", "small", "fp8", "bf16", "combine", "relayed", "staged", "sweep"]
     parser.add_argument("--what", nargs="+", default=parts[:-1], choices=parts)
     options = parser.parse_args()
     bench = Bench(options.ranks, options.tokens, options.sms)
@@ -189,8 +189,10 @@ def main() -> None:
         elif what == "combine":
             bench.combine("", bench.bf16)
             bench.combine("with weights", bench.bf16, weights=True)
-        elif what == "staged":
+        elif what == "relayed":
             bench.combine("relayed", replace(bench.bf16, relay=True, **staged))
+            bench.combine("relayed with weights", replace(bench.bf16, relay=True, **staged), weights=True)
+        elif what == "staged":
             bench.combine("staged", replace(bench.bf16, **staged))
             bench.combine("staged with weights", replace(bench.bf16, **staged), weights=True)
             bench.dispatch("fp8 staged", replace(bench.fp8, **staged), cached=False)

@@ -298,6 +298,19 @@ def test_outputs_out_of_reach_are_relayed(case: Case, num_slots: int, use_bulk: 
     run(dataclasses.replace(case, use_bulk=use_bulk, relay=True), staging_bytes=case.num_ranks * num_slots * 8192)
 
 
+# Many chunks: balanced, and with ranks that hold nearly everything or nothing.
+LARGE = [
+    Case((700, 690, 710, 705), staged=(True,) * 4, hidden_bytes=14336, num_topk=8, num_experts=256, num_sms=16),
+    Case((1500, 10, 1500, 0), staged=(True, True, False, True), hidden_bytes=14336, num_topk=8, num_experts=32),
+    Case((900, 1200), staged=(True,) * 2, hidden_bytes=14336, routing="to_rank_0", num_sms=1),
+]
+
+
+@pytest.mark.parametrize("case", LARGE, ids=lambda case: case.name)
+def test_large_outputs_are_relayed(case: Case) -> None:
+    run(dataclasses.replace(case, relay=True), staging_bytes=case.num_ranks * 256 * 8192)
+
+
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_memory_exported_and_imported_as_file_descriptors_serves(num_ranks: int) -> None:
     run(Case(num_tokens=(150, 140, 130, 0)[:num_ranks], hidden_bytes=2048, num_topk=8, num_experts=64), symmetric=True)

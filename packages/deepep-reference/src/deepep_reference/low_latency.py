@@ -24,10 +24,10 @@ from deep_ep.backend import (
 from deep_ep.errors import ArgumentError, PeerError, PeersDisagreeError
 from deep_ep.handles import LowLatencyHandle
 from deep_ep.headers import dtype_code
+from deep_ep.outstanding import Outstanding
 
 from . import expert_major, fp8, logfmt, rows
 from .expert_major import ExpertMajor
-from .outstanding import Outstanding
 from .scratch import Scratch
 from .session import Call, Session
 from .sums import sum_over_choices, sum_over_ranks_of_choices

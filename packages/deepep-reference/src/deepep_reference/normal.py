@@ -45,7 +45,9 @@ class ReferenceNormal(NormalBackend):
     def comm_stream(self) -> torch.cuda.Stream | None:
         return self._stream
 
-    def layout(self, topk_idx: torch.Tensor, num_experts: int) -> DispatchLayout:
+    def layout(
+        self, topk_idx: torch.Tensor, num_experts: int, output_stream: torch.cuda.Stream | None = None
+    ) -> DispatchLayout:
         return layout_of(
             topk_idx,
             num_experts=num_experts,

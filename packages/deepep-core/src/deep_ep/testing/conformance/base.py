@@ -147,6 +147,8 @@ def environment_of(setup: Setup) -> dict[str, str | None]:
         "DEEPEP_BACKEND": None,
         "DEEPEP_CONFIG": None,
         "DEEPEP_LL_REDUCE": None,
+        "DEEPEP_LOW_LATENCY_SMS": None,
+        "DEEPEP_RDMA_PROVIDER": None,
         "DEEPEP_TIMEOUT_S": None,
         "DEEPEP_RANKS_PER_NODE": nodes,
     }

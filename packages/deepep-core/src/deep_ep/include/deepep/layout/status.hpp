@@ -26,6 +26,11 @@ enum class Phase : uint32_t {
     kSlotFull = 6,  // waiting for a row in the staging window
     kSlotFree = 7,  // waiting for room in a peer's staging window
     kRows = 8,      // checking row numbers
+    kPost = 10,     // posting work requests for a peer, or hearing of their completion
+    kCredit = 11,   // waiting for a peer to have taken an earlier message
+    kIndex = 12,    // waiting for a peer's index of its rows
+    kRow = 13,      // waiting for the words of a peer's row
+    kWeights = 14,  // waiting for a peer's top-k weights
 };
 
 enum class ErrorKind : uint32_t {

@@ -14,7 +14,7 @@
 
 namespace deepep {
 
-// The driver's calls that symmetric memory needs, looked up once.
+// The driver's calls that symmetric memory and its users need, looked up once.
 class DriverApi {
 public:
     static const DriverApi& get() {
@@ -57,6 +57,8 @@ private:
         find("cuMemImportFromShareableHandle", import_handle);
     }
 
+public:
+    // A call by its name without version suffix, for those who need others than these.
     template <class Function>
     static void find(const char* name, Function& function) {
         void* address = nullptr;

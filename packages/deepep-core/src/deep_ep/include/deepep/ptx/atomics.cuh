@@ -1,5 +1,6 @@
 #pragma once
-// Loads, stores and read-modify-write operations of one GPU's own counters, and 32-bit words that a device outside the GPU writes.
+// Loads, stores and read-modify-write operations of one GPU's own counters, and what it shares with a device outside: 32-bit words that
+// the other one writes, 64-bit words that both add to.
 // Each names its scope and order. Addresses are global.
 #include <cstdint>
 
@@ -40,6 +41,17 @@ __device__ __forceinline__ uint64_t compare_exchange_acq_rel_gpu(uint64_t* addre
 __device__ __forceinline__ uint32_t exchange_acquire_gpu(uint32_t* address, uint32_t value) {
     uint32_t before;
     asm volatile("atom.exch.acquire.gpu.global.b32 %0, [%1], %2;" : "=r"(before) : "l"(address), "r"(value) : "memory");
+    return before;
+}
+// Nothing waits for the answer until it is used.
+__device__ __forceinline__ uint32_t add_release_gpu(uint32_t* address, uint32_t value) {
+    uint32_t before;
+    asm volatile("atom.add.release.gpu.global.u32 %0, [%1], %2;" : "=r"(before) : "l"(address), "r"(value) : "memory");
+    return before;
+}
+__device__ __forceinline__ uint64_t add_relaxed_sys(uint64_t* address, uint64_t value) {
+    uint64_t before;
+    asm volatile("atom.add.relaxed.sys.global.u64 %0, [%1], %2;" : "=l"(before) : "l"(address), "l"(value) : "memory");
     return before;
 }
 __device__ __forceinline__ void max_release_gpu(uint64_t* address, uint64_t value) {

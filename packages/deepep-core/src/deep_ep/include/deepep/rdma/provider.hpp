@@ -9,17 +9,26 @@
 
 namespace deepep::rdma {
 
-// Keys of one rank's symmetric memory, in chunks of equal size (the last may be shorter): some providers register memory piece by piece.
+// Keys of one rank's symmetric memory. Some providers register memory piece by piece, in chunks of equal size: the memory may begin inside
+// the first and end inside the last.
 struct MemoryKeys {
     uint64_t base;  // address of the memory as its owner names it; requests carry it
     int64_t num_bytes;
     int64_t chunk_bytes;
-    const Be32* keys;  // [ceil(num_bytes / chunk_bytes)]
+    int64_t first_chunk_offset;  // where the memory begins in its first chunk
+    const Be32* keys;            // [num_chunks()]
 
+    DEEPEP_HOST_DEVICE int64_t num_chunks() const {
+        return num_bytes == 0 ? 0 : (first_chunk_offset + num_bytes + chunk_bytes - 1) / chunk_bytes;
+    }
     // Where a request finds `offset`. The offset lies inside the memory.
-    DEEPEP_HOST_DEVICE Location at(int64_t offset) const { return {base + static_cast<uint64_t>(offset), keys[offset / chunk_bytes]}; }
+    DEEPEP_HOST_DEVICE Location at(int64_t offset) const {
+        return {base + static_cast<uint64_t>(offset), keys[(first_chunk_offset + offset) / chunk_bytes]};
+    }
     // How many bytes from `offset` on one request may touch: a request has one key.
-    DEEPEP_HOST_DEVICE int64_t contiguous(int64_t offset) const { return min_of(chunk_bytes - offset % chunk_bytes, num_bytes - offset); }
+    DEEPEP_HOST_DEVICE int64_t contiguous(int64_t offset) const {
+        return min_of(chunk_bytes - (first_chunk_offset + offset) % chunk_bytes, num_bytes - offset);
+    }
 };
 
 struct RdmaView {

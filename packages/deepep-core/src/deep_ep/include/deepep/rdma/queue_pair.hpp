@@ -230,9 +230,13 @@ DEEPEP_HOST_DEVICE QueueStatus wait_completed(const QueuePair& pair, uint64_t en
     return pair.status(Outcome::kOk);
 }
 
-// As new, with requests numbered from `first_index`. No poster is at work and the NIC does not serve the queue pair.
+// The counters of a queue pair whose requests are numbered from `first_index`.
+inline QueuePairState initial_state(uint64_t first_index = 0) {
+    return {first_index, first_index, first_index, first_index, 0, 0, 0, {}};
+}
+// What the NIC shares with the posters, as new. The counters (initial_state) are set by whoever can reach them. No poster is at work and the
+// NIC does not serve the queue pair.
 inline void reset_memory(const QueuePair& pair, CompletionEntry* completion, uint64_t first_index = 0) {
-    *pair.state = {first_index, first_index, first_index, first_index, 0, 0, 0, {}};
     *completion = {};
     completion->counter_opcode = Be32::of(static_cast<uint32_t>(CompletionOpcode::kInvalid) << 4);
     *pair.record = doorbell_record(first_index).bits;

@@ -7,12 +7,16 @@
 //
 // What it reads and when: the doorbell; if that has changed, the doorbell record; then the requests that the record covers.
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <cstring>
 #include <deque>
+#include <functional>
 #include <mutex>
+#include <string>
 #include <thread>
 #include <unordered_map>
+#include <utility>
 #include <vector>
 
 #include "../common/exceptions.hpp"
@@ -21,7 +25,20 @@
 
 namespace deepep::rdma {
 
-// Moves bytes of ordinary host memory; another policy moves them on a GPU. Each call returns when the bytes are there.
+enum class Progress { kPending, kDone, kFailed };
+
+// How bytes move is a policy, a mover. Its moves take effect in the order of the calls, now or later: each belongs to a batch, and
+// progress() says when the moves of a batch, and of those before it, have landed. The NIC completes no request before.
+//
+//   copy(destination, source, num_bytes)                memory to memory
+//   copy_inline(destination, data, num_bytes)           bytes out of a request; `data` is read before the call returns
+//   fetch_add(destination, result, addend)              8 bytes, at once with regard to other atomics there
+//   batch(), progress(batch)                            the batch of the last move; whether it has landed
+//   drain()                                             waits for all of them
+//   failure()                                           why moves fail, or nothing
+//   store_state(state, value)                           the posters' counters, wherever they lie; has landed when it returns
+//
+// This one moves bytes of ordinary host memory, and has always landed.
 struct MemcpyMover {
     // Eight aligned bytes land at once and behind everything that landed before: a signal word needs that.
     void copy(uint8_t* destination, const uint8_t* source, uint32_t num_bytes) {
@@ -33,9 +50,16 @@ struct MemcpyMover {
             memcpy(destination, source, num_bytes);
         }
     }
-    uint64_t fetch_add(uint8_t* destination, uint64_t addend) {
-        return __atomic_fetch_add(reinterpret_cast<uint64_t*>(destination), addend, __ATOMIC_ACQ_REL);
+    void copy_inline(uint8_t* destination, const uint8_t* data, uint32_t num_bytes) { copy(destination, data, num_bytes); }
+    void fetch_add(uint8_t* destination, uint8_t* result, uint64_t addend) {
+        const uint64_t before = __atomic_fetch_add(reinterpret_cast<uint64_t*>(destination), addend, __ATOMIC_ACQ_REL);
+        copy(result, reinterpret_cast<const uint8_t*>(&before), 8);
     }
+    uint64_t batch() const { return 0; }
+    Progress progress(uint64_t) { return Progress::kDone; }
+    void drain() {}
+    std::string failure() const { return {}; }
+    void store_state(QueuePairState* state, const QueuePairState& value) { *state = value; }
 };
 
 enum Access : uint32_t { kLocalRead = 1, kLocalWrite = 2, kRemoteWrite = 4, kRemoteAtomic = 8, kAllAccess = 15 };
@@ -58,7 +82,7 @@ class SoftwareNic {
 public:
     static constexpr int32_t kLocal = -1;
 
-    explicit SoftwareNic(const FaultPlan& plan = {}, Mover mover = {}) : plan_(plan), random_(plan.seed), mover_(mover) {}
+    explicit SoftwareNic(const FaultPlan& plan = {}, Mover mover = {}) : plan_(plan), random_(plan.seed), mover_(std::move(mover)) {}
     ~SoftwareNic() { stop(); }
     SoftwareNic(const SoftwareNic&) = delete;
     SoftwareNic& operator=(const SoftwareNic&) = delete;
@@ -66,14 +90,14 @@ public:
     // Registers memory. Requests name it by `base`; here it is at `mapped`. peer: kLocal for memory that requests read from and get results
     // in, else the rank that owns it: only queue pairs to that rank may write there.
     Be32 register_memory(int32_t peer, uint64_t base, uint8_t* mapped, uint64_t num_bytes, uint32_t access = kAllAccess) {
-        const std::lock_guard<std::mutex> lock(mutex_);
+        const Visit visit(*this);
         ++num_keys_;
         const uint32_t key = num_keys_ << 8 | (num_keys_ * 37 & 0xff);  // an index, and a tag in the low byte, as the NIC's keys
         regions_[key] = {peer, base, mapped, num_bytes, access};
         return Be32::of(key);
     }
     void deregister_memory(Be32 key) {
-        const std::lock_guard<std::mutex> lock(mutex_);
+        const Visit visit(*this);
         regions_.erase(key.value());
     }
 
@@ -82,7 +106,7 @@ public:
         if (depth == 0 || depth > kMaxDepth || (depth & (depth - 1)) != 0)
             throw ArgumentError("queue pair depth is " + std::to_string(depth) + "; it must be a power of two up to " +
                                 std::to_string(kMaxDepth) + ".");
-        const std::lock_guard<std::mutex> lock(mutex_);
+        const Visit visit(*this);
         const QueueMemory layout{depth};
         Queue queue;
         queue.pair = {layout.requests(memory),
@@ -96,15 +120,18 @@ public:
         queue.completion = layout.completion(memory);
         queue.served = queue.rung = first_index;
         reset_memory(queue.pair, queue.completion, first_index);
+        mover_.store_state(state, initial_state(first_index));
         queues_.push_back(queue);
         return queue.pair;
     }
 
     // As new, requests numbered from 0. No poster is at work on it.
     void reset_queue_pair(uint32_t number) {
-        const std::lock_guard<std::mutex> lock(mutex_);
+        const Visit visit(*this);
         Queue& queue = queue_of(number);
+        mover_.drain();  // what was taken from the ring before may still be read from there
         reset_memory(queue.pair, queue.completion);
+        mover_.store_state(queue.pair.state, initial_state());
         Queue fresh;
         fresh.pair = queue.pair;
         fresh.completion = queue.completion;
@@ -113,8 +140,16 @@ public:
 
     // A fault at a named request of a queue pair, besides those of the plan (not for kReorder). `syndrome`: of kErrorCompletion.
     void inject(uint32_t number, uint64_t request, Fault fault, Syndrome syndrome = Syndrome::kRemoteOperation) {
-        const std::lock_guard<std::mutex> lock(mutex_);
+        const Visit visit(*this);
         queue_of(number).injected[request] = {fault, syndrome};
+    }
+    // The same at the next request that is still to be judged; returns its number.
+    uint64_t inject_next(uint32_t number, Fault fault, Syndrome syndrome = Syndrome::kRemoteOperation) {
+        const Visit visit(*this);
+        Queue& queue = queue_of(number);
+        const uint64_t request = queue.served + (queue.judged == queue.served ? 1 : 0);
+        queue.injected[request] = {fault, syndrome};
+        return request;
     }
 
     // True when something was done or is still to be done.
@@ -124,42 +159,99 @@ public:
         for (Queue& queue : queues_) notice_doorbell(queue);
         bool is_busy = false;
         for (Queue& queue : queues_) is_busy |= exhaust_retries(queue) || (queue.served != queue.rung && !is_silent(queue));
-        if (Queue* queue = choose()) serve(*queue);
+        Queue* const chosen = choose();
+        if (chosen != nullptr) serve(*chosen);
+        for (Queue& queue : queues_) is_busy |= complete_landed(queue);
         return is_busy;
     }
 
-    void start() {
+    // `prepare` runs first on the new thread (a mover may want the thread's device set). A running NIC is left alone.
+    void start(const std::function<void()>& prepare = {}) {
+        if (thread_.joinable()) return;
         is_running_.store(true);
-        thread_ = std::thread([this] {
-            while (is_running_.load(std::memory_order_relaxed))
-                if (!step()) std::this_thread::yield();
+        thread_ = std::thread([this, prepare] {
+            if (prepare) prepare();
+            int num_idle = 0;
+            while (is_running_.load(std::memory_order_relaxed)) {
+                while (num_visitors_.load(std::memory_order_relaxed) != 0) std::this_thread::yield();
+                if (step()) {
+                    num_idle = 0;
+                } else if (++num_idle < kIdleStepsAwake) {
+                    std::this_thread::yield();
+                } else {
+                    std::this_thread::sleep_for(kNap);
+                }
+            }
         });
     }
+    // What was posted and is not served yet stays so.
     void stop() {
         is_running_.store(false);
         if (thread_.joinable()) thread_.join();
     }
 
     NicCounters counters() const {
-        const std::lock_guard<std::mutex> lock(mutex_);
+        const Visit visit(*this);
         return counters_;
     }
     QueueFault first_fault(uint32_t number) const {
-        const std::lock_guard<std::mutex> lock(mutex_);
+        const Visit visit(*this);
         return queue_of(number).fault;
+    }
+    // Something that was posted has not been executed and landed yet.
+    bool has_work() {
+        const Visit visit(*this);
+        bool has_some = mover_.progress(mover_.batch()) == Progress::kPending;
+        for (Queue& queue : queues_) {
+            notice_doorbell(queue);
+            has_some |= queue.served != queue.rung || !queue.unreported.empty();
+        }
+        return has_some;
+    }
+    bool has_failed() const {
+        const Visit visit(*this);
+        for (const Queue& queue : queues_)
+            if (queue.is_in_error) return true;
+        return false;
     }
     // The last request that was executed had its completion dropped: nothing tells the posters of it until a later one completes.
     bool is_last_completion_lost(uint32_t number) const {
-        const std::lock_guard<std::mutex> lock(mutex_);
+        const Visit visit(*this);
         return queue_of(number).is_last_completion_lost;
     }
     bool is_link_dead(uint32_t number) const {
-        const std::lock_guard<std::mutex> lock(mutex_);
+        const Visit visit(*this);
         return queue_of(number).is_link_dead;
+    }
+
+    // Why bytes can no longer be moved; empty while they can.
+    std::string moving_failure() const {
+        const Visit visit(*this);
+        return mover_.failure();
     }
 
 private:
     static constexpr uint32_t kFirstNumber = 0x40;
+    static constexpr int kIdleStepsAwake = 20000;  // then the thread naps: posters that are not at work should not cost a core
+    static constexpr std::chrono::microseconds kNap{50};
+
+    // Access from another thread than the one that steps, which would take the mutex again before anybody else were awake.
+    class Visit {
+    public:
+        explicit Visit(const SoftwareNic& nic) : nic_(nic) {
+            nic_.num_visitors_.fetch_add(1, std::memory_order_relaxed);
+            nic_.mutex_.lock();
+        }
+        ~Visit() {
+            nic_.mutex_.unlock();
+            nic_.num_visitors_.fetch_sub(1, std::memory_order_relaxed);
+        }
+        Visit(const Visit&) = delete;
+        Visit& operator=(const Visit&) = delete;
+
+    private:
+        const SoftwareNic& nic_;
+    };
 
     struct Region {
         int32_t peer;
@@ -170,6 +262,13 @@ private:
     };
     struct Injected {
         Fault fault;
+        Syndrome syndrome;
+    };
+    // A request that was taken from the ring and asks for a completion, or failed; reported when its moves, and those of the requests
+    // before it, have landed.
+    struct Unreported {
+        uint64_t request;
+        uint64_t batch;
         Syndrome syndrome;
     };
     struct Queue {
@@ -184,9 +283,11 @@ private:
         uint64_t dead_since = 0;
         bool is_link_dead = false;
         bool is_in_error = false;
+        bool is_moving_lost = false;  // the mover failed with requests that had been accepted
         bool is_last_completion_lost = false;
         QueueFault fault = {};
         std::unordered_map<uint64_t, Injected> injected;
+        std::deque<Unreported> unreported;
     };
 
     static bool is_silent(const Queue& queue) { return queue.is_link_dead && !queue.is_in_error; }
@@ -241,7 +342,7 @@ private:
     void serve(Queue& queue) {
         queue.waiting_since = ++num_arrivals_;
         if (queue.is_in_error) {
-            write_error(queue, queue.served++, Syndrome::kFlushed);
+            report(queue, queue.served++, Syndrome::kFlushed);
             ++counters_.num_flushed;
             return;
         }
@@ -271,8 +372,7 @@ private:
         if (!is_signalled) return;
         queue.is_last_completion_lost = draws(queue, request, Fault::kDropCompletion);
         if (queue.is_last_completion_lost) return count(Fault::kDropCompletion);
-        ++counters_.num_completions;
-        write_completion(queue, request, CompletionOpcode::kRequest);
+        report(queue, request, Syndrome::kNone);
     }
 
     // Checks and executes the request that is next; says why it cannot be.
@@ -313,7 +413,11 @@ private:
         }
         uint8_t* destination = translate(wqe.remote.key, queue.pair.peer, wqe.remote.address.value(), num_bytes, kRemoteWrite);
         if (destination == nullptr) return Syndrome::kRemoteAccess;
-        mover_.copy(destination, source, num_bytes);
+        if (is_inline) {
+            mover_.copy_inline(destination, source, num_bytes);
+        } else {
+            mover_.copy(destination, source, num_bytes);
+        }
         counters_.num_bytes += num_bytes;
         ++(is_inline ? counters_.num_inline_writes : counters_.num_writes);
         return Syndrome::kNone;
@@ -326,8 +430,7 @@ private:
         if (wqe.remote.address.value() % 8 != 0) return Syndrome::kRemoteInvalidRequest;
         uint8_t* destination = translate(wqe.remote.key, queue.pair.peer, wqe.remote.address.value(), 8, kRemoteAtomic);
         if (destination == nullptr) return Syndrome::kRemoteAccess;
-        const uint64_t before = mover_.fetch_add(destination, wqe.atomic.addend.value());
-        mover_.copy(result, reinterpret_cast<const uint8_t*>(&before), 8);
+        mover_.fetch_add(destination, result, wqe.atomic.addend.value());
         counters_.num_bytes += 8;
         ++counters_.num_atomics;
         return Syndrome::kNone;
@@ -349,12 +452,35 @@ private:
         queue.is_in_error = true;
         queue.fault = {true, syndrome, static_cast<uint16_t>(queue.served)};
         ++counters_.num_errors;
-        write_error(queue, queue.served, syndrome);
+        report(queue, queue.served, syndrome);
         if (queue.served != queue.rung) ++queue.served;
     }
-    void write_error(Queue& queue, uint64_t request, Syndrome syndrome) {
-        __atomic_store_n(&queue.completion->error.bits, Be32::of(static_cast<uint32_t>(syndrome)).bits, __ATOMIC_RELAXED);
-        write_completion(queue, request, CompletionOpcode::kRequestError);
+    void report(Queue& queue, uint64_t request, Syndrome syndrome) { queue.unreported.push_back({request, mover_.batch(), syndrome}); }
+
+    // Writes completions in the order of the requests, as far as their moves have landed. True when some have not.
+    bool complete_landed(Queue& queue) {
+        while (!queue.unreported.empty()) {
+            Unreported& next = queue.unreported.front();
+            const Progress progress = mover_.progress(next.batch);
+            if (progress == Progress::kPending) return true;
+            if (progress == Progress::kFailed && next.syndrome == Syndrome::kNone) lose(queue, next);
+            if (next.syndrome == Syndrome::kNone) {
+                ++counters_.num_completions;
+                write_completion(queue, next.request, CompletionOpcode::kRequest);
+            } else {
+                __atomic_store_n(&queue.completion->error.bits, Be32::of(static_cast<uint32_t>(next.syndrome)).bits, __ATOMIC_RELAXED);
+                write_completion(queue, next.request, CompletionOpcode::kRequestError);
+            }
+            queue.unreported.pop_front();
+        }
+        return false;
+    }
+    // A request was accepted, and its bytes could not be moved after all. It is the first to fail, or has followed one that was lost so.
+    void lose(Queue& queue, Unreported& request) {
+        request.syndrome = queue.is_moving_lost ? Syndrome::kFlushed : Syndrome::kRemoteOperation;
+        ++(queue.is_moving_lost ? counters_.num_flushed : counters_.num_errors);
+        if (!queue.is_moving_lost) queue.fault = {true, request.syndrome, static_cast<uint16_t>(request.request)};
+        queue.is_moving_lost = queue.is_in_error = true;
     }
     // The last four bytes last, at once: who sees them may use the rest, and what the request moved.
     void write_completion(Queue& queue, uint64_t request, CompletionOpcode opcode) {
@@ -368,6 +494,7 @@ private:
     Random random_;
     Mover mover_;
     mutable std::mutex mutex_;  // one step at a time; registration and counters from other threads
+    mutable std::atomic<int> num_visitors_{0};
     std::deque<Queue> queues_;
     std::vector<Queue*> eligible_;
     std::unordered_map<uint32_t, Region> regions_;

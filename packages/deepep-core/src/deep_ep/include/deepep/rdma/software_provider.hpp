@@ -16,7 +16,9 @@ public:
         int32_t num_peers;
         int32_t num_queue_pairs;  // for each peer
         uint32_t depth;
+        std::vector<bool> is_remote = {};  // by peer: which ones get queue pairs; empty: all but this rank
 
+        bool has_pairs(int32_t peer) const { return peer != rank && (is_remote.empty() || is_remote.at(peer)); }
         int64_t num_pairs() const { return static_cast<int64_t>(num_peers) * num_queue_pairs; }
         int64_t num_queue_bytes() const { return num_pairs() * QueueMemory{depth}.num_bytes(); }
     };
@@ -28,7 +30,7 @@ public:
             for (int32_t lane = 0; lane < shape.num_queue_pairs; ++lane) {
                 const int64_t i = static_cast<int64_t>(pairs_.size());
                 QueuePair pair = {};
-                if (peer != shape.rank)
+                if (shape.has_pairs(peer))
                     pair = nic.create_queue_pair(peer, shape.depth, queue_memory + i * QueueMemory{shape.depth}.num_bytes(), states + i);
                 pairs_.push_back(pair);
             }
@@ -64,7 +66,7 @@ private:
         keys.clear();
         for (int64_t offset = 0; offset < num_bytes; offset += chunk_bytes)
             keys.push_back(nic_.register_memory(peer, base + offset, mapped + offset, min_of(chunk_bytes, num_bytes - offset)));
-        return {base, num_bytes, chunk_bytes, keys.data()};
+        return {base, num_bytes, chunk_bytes, 0, keys.data()};
     }
 
     SoftwareNic<Mover>& nic_;

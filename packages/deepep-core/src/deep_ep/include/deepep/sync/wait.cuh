@@ -58,6 +58,9 @@ __device__ __noinline__ inline bool wait_is_hopeless(const WaitContext& context,
 
 constexpr int kPollsPerCheck = 256;
 
+// Waits poll with relaxed loads and acquire once at the end: an acquiring load across GPUs invalidates the SM's cache, and a warp that polls with
+// it slows down all others of its SM (combine with rows that come late: 1832 instead of 640 us with 4 polling warps instead of 1 on 24 SMs).
+
 // Polls until the word carries `epoch`; false when the wait ended badly. With kAcquire everything that its writer released before the word is
 // then visible to this thread's ordinary loads; without it the word is all that may be used.
 template <bool kAcquire>
@@ -67,8 +70,9 @@ __device__ __forceinline__ bool wait_signal(const WaitContext& context, const ui
     while (true) {
         uint64_t seen = 0;
         for (int poll = 0; poll < kPollsPerCheck; ++poll) {
-            seen = kAcquire ? ptx::load_acquire_sys(word) : ptx::load_relaxed_sys(word);
+            seen = ptx::load_relaxed_sys(word);
             if (signal_epoch(seen) == epoch) {
+                if (kAcquire) seen = ptx::load_acquire_sys(word);
                 *value = signal_value(seen);
                 return true;
             }
@@ -83,8 +87,11 @@ __device__ __forceinline__ bool wait_exact(const WaitContext& context, const uin
     while (true) {
         uint64_t seen = 0;
         for (int poll = 0; poll < kPollsPerCheck; ++poll) {
-            seen = ptx::load_acquire_sys(word);
-            if (seen == expected) return true;
+            seen = ptx::load_relaxed_sys(word);
+            if (seen == expected) {
+                static_cast<void>(ptx::load_acquire_sys(word));
+                return true;
+            }
         }
         if (wait_is_hopeless(context, phase, peer, seen, expected, &start_ns)) return false;
     }
