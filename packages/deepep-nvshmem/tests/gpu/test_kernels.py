@@ -300,9 +300,17 @@ def test_outputs_out_of_reach_are_relayed(case: Case, num_slots: int, use_bulk: 
 
 # Many chunks: balanced, and with ranks that hold nearly everything or nothing.
 LARGE = [
-    Case((700, 690, 710, 705), staged=(True,) * 4, hidden_bytes=14336, num_topk=8, num_experts=256, num_sms=16),
-    Case((1500, 10, 1500, 0), staged=(True, True, False, True), hidden_bytes=14336, num_topk=8, num_experts=32),
-    Case((900, 1200), staged=(True,) * 2, hidden_bytes=14336, routing="to_rank_0", num_sms=1),
+    Case(
+        num_tokens=(700, 690, 710, 705), staged=(True,) * 4, hidden_bytes=14336, num_topk=8, num_experts=256, num_sms=16
+    ),
+    Case(
+        num_tokens=(1500, 10, 1500, 0),
+        staged=(True, True, False, True),
+        hidden_bytes=14336,
+        num_topk=8,
+        num_experts=32,
+    ),
+    Case(num_tokens=(900, 1200), staged=(True,) * 2, hidden_bytes=14336, routing="to_rank_0", num_sms=1),
 ]
 
 
