@@ -23,7 +23,7 @@ nox.options.default_venv_backend = "none"
 ROOT = Path(__file__).parent
 PACKAGES = ROOT / "packages"
 PURE_PACKAGES = ("deepep-core", "deepep-reference")
-NATIVE_PACKAGES = ("deepep-nvshmem",)
+NATIVE_PACKAGES = ("deepep-nvshmem", "deepep-ibgda")
 PYTHON_VERSIONS = ("3.10", "3.11", "3.12", "3.13")
 TREE_TOOLS = ("build", "hatchling", "mpi4py", "mpich", "mypy", "nox", "ruff", "tomli")
 CHECKED_SCRIPTS = ("noxfile.py", "tests/cluster", "tests/packaging", "docs", "examples")
@@ -152,8 +152,9 @@ def clean_environment(session: nox.Session, name: str) -> str:
 
 
 def combinations(natives: tuple[str, ...]) -> list[tuple[str, ...]]:
-    """Core alone, core with the reference, core with each native package."""
-    return [("deepep-core",), ("deepep-core", "deepep-reference"), *(("deepep-core", name) for name in natives)]
+    """Core alone, core with the reference, with each native package, and everything together."""
+    everything = [(*PURE_PACKAGES, *natives)] if natives else []
+    return [("deepep-core",), PURE_PACKAGES, *(("deepep-core", name) for name in natives), *everything]
 
 
 @contextlib.contextmanager

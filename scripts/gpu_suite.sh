@@ -26,7 +26,7 @@ fi
 
 packages=(packages/deepep-core packages/deepep-reference)
 if command -v nvcc >/dev/null; then
-    for native in packages/deepep-nvshmem; do
+    for native in packages/deepep-nvshmem packages/deepep-ibgda; do
         [ -f "$native/pyproject.toml" ] && packages+=("$native")
     done
 else

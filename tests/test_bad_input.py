@@ -416,6 +416,8 @@ def misguided_setting(context: RankContext, name: str, value: str) -> Outcome:
         ("DEEPEP_TIMEOUT_S", "-1"),
         ("DEEPEP_RANKS_PER_NODE", "two"),
         ("DEEPEP_LL_REDUCE", "max"),
+        ("DEEPEP_LOW_LATENCY_SMS", "0"),
+        ("DEEPEP_RDMA_PROVIDER", "hardware"),
         ("DEEPEP_DEBUG", "perhaps"),
         ("DEEPEP_BACKEND", "normal="),
         ("DEEPEP_CONFIG", "/nowhere/deepep.toml"),

@@ -50,7 +50,7 @@ def check_import(packages: list[str]) -> None:
 
     expect(not torch.cuda.is_initialized(), "importing deep_ep initialised CUDA; workers could no longer fork")
     loaded = {name.split(".")[0] for name in set(sys.modules) - before}
-    expect(not loaded & {"deepep_reference", "deepep_nvshmem"}, "importing deep_ep imported a backend")
+    expect(not loaded & {"deepep_reference", "deepep_nvshmem", "deepep_ibgda"}, "importing deep_ep imported a backend")
     expect(not loaded & {"typer", "rich", "matplotlib", "pytest", "hypothesis"}, "importing deep_ep imported an extra")
     importlib.import_module("deep_ep_cpp")
     for package in packages:
@@ -58,13 +58,20 @@ def check_import(packages: list[str]) -> None:
 
 
 def check_native_modules(packages: list[str]) -> None:
-    """Extension modules load although neither a driver nor NVSHMEM is here."""
+    """Extension modules load although neither a driver nor NVSHMEM is here, and leave one another's names alone."""
+    modules = []
     for package in packages:
         folder = SITE_PACKAGES / package.replace("-", "_")
         for path in sorted(folder.glob("*.so")):
-            module = f"{folder.name}.{path.name.split('.')[0]}"
-            importlib.import_module(module)
-            print(f"  {module} loads")
+            modules.append(importlib.import_module(f"{folder.name}.{path.name.split('.')[0]}"))
+            print(f"  {modules[-1].__name__} loads")
+    for module in modules:
+        try:
+            module.Arena(device=-1, num_reserved_bytes=1)
+        except module.NativeError as error:
+            expect(type(error).__module__ == module.__name__, f"{module.__name__} raised another module's error")
+        else:
+            expect(False, f"{module.__name__} reserved memory on a device that cannot be")
 
 
 def declared_backends(package: str) -> list[str]:

@@ -39,7 +39,7 @@ const char* name_of(Phase phase) {
 }
 
 void bind_memory(py::module_& m) {
-    py::class_<Arena>(m, "Arena")
+    py::class_<Arena>(m, "Arena", py::module_local())
         .def(py::init<int, uint64_t>(), py::kw_only(), "device"_a, "num_reserved_bytes"_a)
         .def_property_readonly("base", &Arena::base)
         .def_property_readonly("num_bytes", &Arena::num_bytes)
@@ -48,13 +48,13 @@ void bind_memory(py::module_& m) {
         .def("export_fd", &Arena::export_fd, "segment"_a)
         .def("segment_bytes", &Arena::segment_bytes, "segment"_a)
         .def("close", &Arena::close);
-    py::class_<PeerArena>(m, "PeerArena")
+    py::class_<PeerArena>(m, "PeerArena", py::module_local())
         .def(py::init<int, uint64_t>(), py::kw_only(), "device"_a, "num_reserved_bytes"_a)
         .def_property_readonly("base", &PeerArena::base)
         .def_property_readonly("num_bytes", &PeerArena::num_bytes)
         .def("map", &PeerArena::map_fd, "fd"_a, "num_bytes"_a)
         .def("close", &PeerArena::close);
-    py::class_<Heap, std::shared_ptr<Heap>>(m, "Heap")
+    py::class_<Heap, std::shared_ptr<Heap>>(m, "Heap", py::module_local())
         .def(py::init(&make_heap), py::kw_only(), "base"_a, "num_bytes"_a, "granule"_a = 2 << 20)
         .def("allocate", &Heap::allocate, "num_bytes"_a)
         .def("free", &Heap::free, "address"_a)
@@ -78,7 +78,7 @@ void bind_records(py::module_& m) {
                                })
         .def_readonly("mismatch_mask", &Counts::mismatch_mask)
         .def_readonly("bad_count_mask", &Counts::bad_count_mask);
-    py::class_<ErrorRecord>(m, "ErrorRecord")
+    py::class_<ErrorRecord>(m, "ErrorRecord", py::module_local())
         .def_property_readonly("kind", [](const ErrorRecord& e) { return name_of(static_cast<ErrorKind>(e.kind)); })
         .def_property_readonly("op", [](const ErrorRecord& e) { return name_of(static_cast<Op>(e.op)); })
         .def_property_readonly("phase", [](const ErrorRecord& e) { return name_of(static_cast<Phase>(e.phase)); })
@@ -265,9 +265,10 @@ void bind_fabric(py::module_& m) {
 
 PYBIND11_MODULE(_nvlink, m) {
     m.doc() = "Native side of the backend nvlink; csrc/README.md describes every call.";
-    auto native_error = py::register_exception<NativeError>(m, "NativeError", PyExc_RuntimeError);
-    py::register_exception<DriverError>(m, "DriverError", native_error.ptr());
-    py::register_exception<ArgumentError>(m, "ArgumentError", native_error.ptr());
+    // Local, like the classes of core's headers: several extensions of this library may be loaded in one process.
+    auto native_error = py::register_local_exception<NativeError>(m, "NativeError", PyExc_RuntimeError);
+    py::register_local_exception<DriverError>(m, "DriverError", native_error.ptr());
+    py::register_local_exception<ArgumentError>(m, "ArgumentError", native_error.ptr());
     m.attr("MAX_RANKS") = kMaxRanks;
     m.attr("MAX_TOPK") = kMaxTopk;
     m.attr("NUM_HEADER_FIELDS") = kNumHeaderFields;

@@ -235,6 +235,8 @@ class Buffer(NormalCalls, LowLatencyCalls):
         Raises `BufferStateError` where it cannot; then destroy the buffer and build a new one.
         """
         self._normal("reset").reset()
+        if self._low_latency_backend is not None:
+            self._low_latency_backend.reset()
 
     @property
     def backends(self) -> Mapping[Mode, str]:

@@ -1,16 +1,16 @@
 """The benchmark on one rank.
 
 A figure is the maximum over ranks of each iteration, and of those the median. Iterations follow one another without the
-host waiting for the device; inputs rotate through more memory than the L2 cache holds. What is timed is checked against
-plain arithmetic before and after.
+host waiting for the device; inputs rotate through more memory than the L2 cache holds. Low-latency calls, which take
+less time on the device than Python does to launch them, are timed inside CUDA graphs where the backend can be captured.
+What is timed is checked against plain arithmetic before and after.
 """
 
 from __future__ import annotations
 
 import contextlib
-import itertools
+import os
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,11 +18,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from .. import registry
 from ..buffer import Buffer
+from ..channel import has_cuda_backend
 from ..launch import RankContext
-from . import bench_data, ranks
+from . import bench_clock, bench_data, ranks
 from .bench_data import InputSet, Shape
 from .bench_rivals import AllGatherReduceScatter, AllToAll
+
+_LOW_LATENCY_SMS = "DEEPEP_LOW_LATENCY_SMS"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +62,7 @@ class Measurement:
         physical_bytes: what has to leave a rank for other ranks, mean over ranks: one copy of a row for each other rank
             that needs it (all-gather + reduce-scatter: every row to every other rank).
         logical_bytes: the same with the copies that stay on their own rank.
+        calls_per_graph: calls in each replayed CUDA graph; 0 if the host launched them one by one.
         wire_efficiency: physical bytes per second as a share of the best push limit measured in this run, at whichever
             SM count; ``None`` unless the backend can measure it.
         failure: why this contender could not run here; then there are no figures.
@@ -71,6 +76,7 @@ class Measurement:
     slowest: float = 0.0
     physical_bytes: float = 0.0
     logical_bytes: float = 0.0
+    calls_per_graph: int = 0
     wire_efficiency: float | None = None
     failure: str = ""
 
@@ -99,13 +105,20 @@ class BenchResult:
 
 @dataclass(frozen=True, kw_only=True)
 class Operation:
-    """Something to time: ``call`` works on one input set; bytes are this rank's."""
+    """Something to time: ``call`` works on one input set; bytes are this rank's.
+
+    With ``in_graph`` it is captured and replayed; ``fault`` then says what is wrong with what a replay left, if
+    anything, and each of a graph's calls leaves ``output_bytes``.
+    """
 
     contender: str
     name: str
     call: Callable[[InputSet], Any]
     physical_bytes: float = 0.0
     logical_bytes: float = 0.0
+    in_graph: bool = False
+    output_bytes: int = 0
+    fault: Callable[[InputSet, Any], str] | None = None
 
 
 def run_bench(context: RankContext, settings: BenchSettings) -> BenchResult:
@@ -121,10 +134,11 @@ def run_bench(context: RankContext, settings: BenchSettings) -> BenchResult:
         device=torch.cuda.get_device_name(context.device) if context.device.type == "cuda" else "CPU",
         backend=dict(buffer.backends)[shape.mode],
     )
+    session = Session(context, settings, buffer, result.ranks_per_node)
     try:
-        Session(context, settings, buffer, result.ranks_per_node).run(result)
+        session.run(result)
     finally:
-        buffer.destroy()
+        session.buffer.destroy()
     return result
 
 
@@ -185,6 +199,7 @@ class Session:
         ]
         self.all_to_all = AllToAll(context.group, context.rank, self.shape)
         self.all_gather = AllGatherReduceScatter(context.group, context.rank, self.shape)
+        self._faults_in_graphs: list[str] = []
 
     def run(self, result: BenchResult) -> None:
         self.prepare()
@@ -194,7 +209,7 @@ class Session:
         with self.progress(len(ours) * len(sm_counts) + len(rivals)) as advance:
             for num_sms in sm_counts:
                 if num_sms is not None:
-                    Buffer.set_num_sms(num_sms)
+                    self._use_sms(num_sms)
                 limit = self._push_limit(num_sms)
                 if limit is not None:
                     result.push_limit_gbps[num_sms or Buffer.num_sms] = limit
@@ -211,6 +226,23 @@ class Session:
                 for m in result.measurements
             ]
         result.faults += self.faults("after")
+        result.faults += self._faults_in_graphs
+
+    def _use_sms(self, num_sms: int) -> None:
+        """From here on kernels get this many SMs. Collective in low-latency mode, where a buffer keeps its number."""
+        if self.shape.mode == "normal":
+            Buffer.set_num_sms(num_sms)
+            return
+        self.buffer.destroy()
+        before = os.environ.get(_LOW_LATENCY_SMS)
+        os.environ[_LOW_LATENCY_SMS] = str(num_sms)
+        try:
+            self.buffer = build_buffer(self.context, self.settings)
+        finally:
+            del os.environ[_LOW_LATENCY_SMS]
+            if before is not None:
+                os.environ[_LOW_LATENCY_SMS] = before
+        self.prepare()
 
     # --- what is timed ------------------------------------------------------------------------------------------------
 
@@ -221,21 +253,18 @@ class Session:
         physical = logical - statistics.mean(int(s.in_rank[:, self.context.rank].sum()) for s in self.sets)
         out, back = shape.dispatch_row_bytes, shape.combine_row_bytes
 
-        def operation(name: str, call: Callable[[InputSet], Any], row_bytes: int) -> Operation:
+        def operation(name: str, call: Callable[[InputSet], Any], row_bytes: int, **how: Any) -> Operation:
             return Operation(
                 contender="deep_ep",
                 name=name,
                 call=call,
                 physical_bytes=physical * row_bytes,
                 logical_bytes=logical * row_bytes,
+                **how,
             )
 
         if shape.mode == "low_latency":
-            return [
-                operation("pair", lambda s: (self._low_latency_dispatch(s), self._low_latency_combine(s)), out + back),
-                operation("dispatch", self._low_latency_dispatch, out),
-                operation("combine", self._low_latency_combine, back),
-            ]
+            return self._low_latency_operations(operation)
         return [
             operation("pair", lambda s: (self._cached(s), self._combine(s)), out + back),
             operation("dispatch", self._cached, out),
@@ -248,8 +277,38 @@ class Session:
             ),
         ]
 
+    def _low_latency_operations(self, operation: Callable[..., Operation]) -> list[Operation]:
+        shape = self.shape
+        out, back = shape.dispatch_row_bytes, shape.combine_row_bytes
+        backend = registry.load(self.buffer.backends["low_latency"])
+        if not (backend.capabilities.cuda_graphs and self.context.device.type == "cuda"):
+            return [
+                operation("pair", self._low_latency_pair, out + back),
+                operation("dispatch", self._low_latency_dispatch, out),
+                operation("combine", self._low_latency_combine, back),
+            ]
+        rows = shape.experts * _room(shape)
+        of_dispatch, of_combine = rows * shape.dispatch_row_bytes, shape.tokens * shape.combine_row_bytes
+        captured: dict[str, Any] = {"in_graph": True, "output_bytes": of_dispatch + of_combine}
+        fault = self._combine_fault
+        return [
+            operation("pair", self._low_latency_pair, out + back, **captured, fault=lambda s, o: fault(s, o[1])),
+            operation(
+                "pair, weights in dispatch",
+                lambda s: self._low_latency_pair(s, weights_in_dispatch=True),
+                out + back,
+                **captured,
+                fault=lambda s, o: fault(s, o[1]),
+            ),
+            operation("dispatch", self._low_latency_dispatch, out, **captured, fault=self._dispatch_fault),
+            operation("combine", self._low_latency_combine, back, **captured, fault=fault),
+            operation("pair, without a graph", self._low_latency_pair, out + back),
+        ]
+
     def _rival_operations(self) -> list[Operation]:
         shape, found = self.shape, []
+        # NCCL's collectives can be captured too, and have the same to gain.
+        in_graph = shape.mode == "low_latency" and self.context.num_ranks > 1 and has_cuda_backend(self.context.group)
         out, back = shape.dispatch_row_bytes, shape.combine_row_bytes
         for rival, kept in ((self.all_to_all, None), (self.all_gather, shape.tokens)):
             physical = statistics.mean(rival.egress_rows(s) for s in self.sets)
@@ -266,6 +325,8 @@ class Session:
                         call=call,
                         physical_bytes=physical * row_bytes,
                         logical_bytes=(physical + own) * row_bytes,
+                        in_graph=in_graph,
+                        output_bytes=shape.num_ranks * shape.tokens * row_bytes,
                     )
                 )
         return found
@@ -297,16 +358,29 @@ class Session:
         combined: torch.Tensor = self.buffer.combine(inputs.rival_out, inputs.handle)[0]
         return combined
 
-    def _low_latency_dispatch(self, inputs: InputSet) -> tuple[Any, tuple[Any, ...]]:
+    def _low_latency_pair(self, inputs: InputSet, weights_in_dispatch: bool = False) -> tuple[Any, torch.Tensor]:
+        arrived = self._low_latency_dispatch(inputs, inputs.topk_weights if weights_in_dispatch else None)
+        if weights_in_dispatch:
+            return arrived, self._low_latency_combine(inputs, arrived[1])
+        return arrived, self._low_latency_combine(inputs)
+
+    def _low_latency_dispatch(
+        self, inputs: InputSet, topk_weights: torch.Tensor | None = None
+    ) -> tuple[Any, tuple[Any, ...]]:
         received, _, handle, _, _ = self.buffer.low_latency_dispatch(
-            inputs.x, inputs.topk_idx, _room(self.shape), self.shape.experts, use_fp8=self.shape.dtype == "fp8"
+            inputs.x,
+            inputs.topk_idx,
+            _room(self.shape),
+            self.shape.experts,
+            use_fp8=self.shape.dtype == "fp8",
+            topk_weights=topk_weights,
         )
         return received, handle
 
-    def _low_latency_combine(self, inputs: InputSet) -> torch.Tensor:
+    def _low_latency_combine(self, inputs: InputSet, handle: tuple[Any, ...] | None = None) -> torch.Tensor:
         assert inputs.expert_out is not None
         combined: torch.Tensor = self.buffer.low_latency_combine(
-            inputs.expert_out, inputs.topk_idx, inputs.topk_weights, inputs.handle
+            inputs.expert_out, inputs.topk_idx, inputs.topk_weights, handle or inputs.handle
         )[0]
         return combined
 
@@ -320,9 +394,9 @@ class Session:
     def measure(self, operation: Operation, num_sms: int | None) -> Measurement:
         """Time one operation. Collective; the same result on every rank."""
         failure = ""
-        times: list[float] = []
+        timed = bench_clock.Timed(seconds=[])
         try:
-            times = self._chain(operation.call)
+            timed = self._time(operation)
         except (RuntimeError, ValueError, NotImplementedError) as error:
             if operation.contender == "deep_ep":
                 raise
@@ -331,7 +405,11 @@ class Session:
             return Measurement(
                 contender=operation.contender, operation=operation.name, failure=failure or "another rank could not"
             )
-        times = ranks.slowest(self.context, times)
+        times = ranks.slowest(self.context, timed.seconds)
+        if operation.fault is not None:
+            faults = [operation.fault(inputs, output) for inputs, output in timed.outputs]
+            what = f"{operation.name} in a graph"
+            self._faults_in_graphs += self._told_to_all(next(filter(None, faults), ""), what)
         together = torch.tensor([operation.physical_bytes, operation.logical_bytes], dtype=torch.float64)
         if self.context.num_ranks > 1:
             dist.all_reduce(together, group=self.context.group)
@@ -347,30 +425,17 @@ class Session:
             slowest=tenths[-1],
             physical_bytes=physical,
             logical_bytes=logical,
+            calls_per_graph=timed.calls_per_graph,
         )
 
-    def _chain(self, call: Callable[[InputSet], Any]) -> list[float]:
-        """Seconds of each of ``iterations`` calls that follow one another on rotating inputs."""
-        device, sets = self.context.device, self.sets
-        for i in range(self.settings.warmup):
-            call(sets[i % len(sets)])
-        ranks.synchronize(device)
-        if self.context.num_ranks > 1:
-            dist.barrier(self.context.group)
-        count = self.settings.iterations
-        if device.type != "cuda":
-            stamps = [time.perf_counter()]
-            for i in range(count):
-                call(sets[i % len(sets)])
-                stamps.append(time.perf_counter())
-            return [b - a for a, b in itertools.pairwise(stamps)]
-        events = [torch.cuda.Event(enable_timing=True) for _ in range(count + 1)]
-        events[0].record()
-        for i in range(count):
-            call(sets[i % len(sets)])
-            events[i + 1].record()
-        ranks.synchronize(device)
-        return [a.elapsed_time(b) * 1e-3 for a, b in itertools.pairwise(events)]
+    def _time(self, operation: Operation) -> bench_clock.Timed:
+        context, iterations, warmup = self.context, self.settings.iterations, self.settings.warmup
+        if not operation.in_graph:
+            return bench_clock.time_calls(context, operation.call, self.sets, iterations=iterations, warmup=warmup)
+        num_calls = bench_clock.calls_in_a_graph(context, operation.output_bytes)
+        return bench_clock.time_graph(
+            context, operation.call, self.sets, num_calls=num_calls, iterations=iterations, warmup=warmup
+        )
 
     # --- the checks ---------------------------------------------------------------------------------------------------
 
@@ -403,8 +468,12 @@ class Session:
         for inputs in self.sets:
             fault = self._fault(inputs)  # collective, so also after a first fault
             mine = mine or fault
+        return self._told_to_all(mine, when)
+
+    def _told_to_all(self, fault: str, when: str) -> list[str]:
+        """Every rank's fault, with its rank. Collective."""
         row = torch.zeros(1, 200, dtype=torch.uint8)
-        encoded = mine.encode()[:200]
+        encoded = fault.encode()[:200]
         row[0, : len(encoded)] = torch.tensor(list(encoded), dtype=torch.uint8)
         found = [bytes(r[0].tolist()).rstrip(b"\0").decode() for r in ranks.gather_rows(self.context, row)]
         return [f"{when}, rank {rank}: {text}" for rank, text in enumerate(found) if text]
@@ -425,13 +494,22 @@ class Session:
             arrived, inputs.handle = self._low_latency_dispatch(inputs)
             inputs.expert_out = bench_data.stand_in_for_low_latency_experts(shape, arrived, rank)
             combined = self._low_latency_combine(inputs)
-            fault = bench_data.check_low_latency_dispatch(shape, rank, inputs.seed, arrived, inputs.handle)
-            wrong = [f"dispatch: {fault}"] if fault else []
+            wrong = [fault] if (fault := self._dispatch_fault(inputs, (arrived, inputs.handle))) else []
             wanted = bench_data.expected_low_latency_combine(shape, inputs, self.settings.ll_reduce)
         if not bench_data.same_bits(combined, wanted):
             wrong.append("combine differs from plain arithmetic")
         wrong += self._rival_fault(inputs, wanted)
         return "; ".join(wrong)
+
+    def _dispatch_fault(self, inputs: InputSet, output: tuple[Any, tuple[Any, ...]]) -> str:
+        """What is wrong with the result of a low-latency dispatch."""
+        fault = bench_data.check_low_latency_dispatch(self.shape, self.context.rank, inputs.seed, *output)
+        return f"dispatch: {fault}" if fault else ""
+
+    def _combine_fault(self, inputs: InputSet, combined: torch.Tensor) -> str:
+        """What is wrong with the result of a low-latency combine."""
+        wanted = bench_data.expected_low_latency_combine(self.shape, inputs, self.settings.ll_reduce)
+        return "" if bench_data.same_bits(combined, wanted) else "combine differs from plain arithmetic"
 
     def _rival_fault(self, inputs: InputSet, wanted: torch.Tensor) -> list[str]:
         """All-to-all has to do the same work, or comparing times with it means nothing."""

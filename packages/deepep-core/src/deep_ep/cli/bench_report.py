@@ -99,6 +99,13 @@ def show(console: Console, settings: BenchSettings, result: BenchResult) -> None
         + (" Limit: share of the push limit.[/]" if has_limit else "[/]"),
         highlight=False,
     )
+    captured = sorted({m.calls_per_graph for m in result.measurements if m.calls_per_graph})
+    if captured:
+        console.print(
+            f"[dim]In CUDA graphs of {' or '.join(map(str, captured))} calls, unless it says otherwise: time of a "
+            "replay over its calls.[/]",
+            highlight=False,
+        )
     for m in result.measurements:
         if m.failure:
             console.print(Text(f"{m.contender}, {m.operation}, could not run: {m.failure}", style="yellow"))

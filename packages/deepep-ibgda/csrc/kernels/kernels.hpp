@@ -1,0 +1,159 @@
+#pragma once
+// What each kernel is given, and how it is launched. The launch functions return CUDA's answer and decide nothing else.
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "remote_peers.hpp"
+#include "window.hpp"
+
+namespace deepep::ibgda {
+
+constexpr int kNumThreads = 512;
+constexpr int kNumWarps = kNumThreads / 32;
+
+enum OperationPhase : int { kSend = 1, kReceive = 2 };
+
+// One rank's view of the group; the same for every kernel.
+struct Domain {
+    int rank;
+    int num_ranks;
+    bool reduces_at_source;  // ll_reduce = "expert"
+    bool enable_shrink;
+    uint8_t* own;  // this rank's arena
+    LowLatencyWindow window;
+    HostControl* host;  // pinned, this rank's
+    RemotePeers remote;
+
+#if defined(__CUDACC__)
+    template <class T>
+    __device__ T* at(int64_t offset) const {
+        return reinterpret_cast<T*>(own + offset);
+    }
+    __device__ DeviceState* state() const { return at<DeviceState>(0); }
+    __device__ uint32_t* launches(Direction direction) const { return at<uint32_t>(window.launches_offset()) + direction; }
+    __device__ uint32_t* sends(Direction direction) const { return at<uint32_t>(window.sends_offset()) + direction; }
+    __device__ uint32_t* readers(Direction direction) const { return at<uint32_t>(window.readers_offset()) + direction; }
+    __device__ uint32_t* sequence(Direction direction, int peer) const {
+        return at<uint32_t>(window.sequences_offset()) + direction * num_ranks + peer;
+    }
+    __device__ uint32_t* consumed(Direction direction, int slot, int peer) const {
+        return at<uint32_t>(window.consumed_offset()) + (direction * kNumSlots + slot) * num_ranks + peer;
+    }
+    __device__ uint32_t* broken(Direction direction, int slot, int peer) const {
+        return at<uint32_t>(window.broken_offset()) + (direction * kNumSlots + slot) * num_ranks + peer;
+    }
+    __device__ uint64_t* posted(Direction direction, int peer) const {
+        return at<uint64_t>(window.posted_offset()) + direction * num_ranks + peer;
+    }
+    __device__ uint64_t* granted(Direction direction, int peer) const {
+        return at<uint64_t>(window.granted_offset()) + direction * num_ranks + peer;
+    }
+    __device__ uint32_t* masked(int peer) const { return at<uint32_t>(window.masked_offset()) + peer; }
+    __device__ uint32_t* verdict(int peer) const { return at<uint32_t>(window.verdicts_offset()) + peer; }
+    __device__ uint64_t* longest_wait(Direction direction, int peer) const {
+        return at<uint64_t>(window.waits_offset()) + direction * num_ranks + peer;
+    }
+    __device__ uint32_t* claims(Direction direction) const { return at<uint32_t>(window.claims_offset()) + direction * kMaxBlocks; }
+    __device__ uint64_t* arena_word(int peer) const { return at<uint64_t>(window.arenas_offset()) + peer; }
+    // Written by `writer`, in the arena given.
+    __device__ uint64_t* credits(uint8_t* arena, Direction direction, int writer) const {
+        return reinterpret_cast<uint64_t*>(arena + window.credits_offset()) + direction * num_ranks + writer;
+    }
+    __device__ uint64_t* index(uint8_t* arena, uint32_t sequence, int writer) const {
+        return reinterpret_cast<uint64_t*>(arena + window.index_offset(static_cast<int>(sequence % kNumSlots), writer));
+    }
+    __device__ uint64_t* weights(uint8_t* arena, uint32_t sequence, int writer) const {
+        return reinterpret_cast<uint64_t*>(arena + window.weights_offset(static_cast<int>(sequence % kNumSlots), writer));
+    }
+    __device__ uint8_t* rows(uint8_t* arena, Direction direction, uint32_t sequence, int writer) const {
+        return arena + window.rows_offset(direction, static_cast<int>(sequence % kNumSlots), writer);
+    }
+#endif
+};
+
+// Indices arrive as 32 or 64-bit integers.
+struct IndexArray {
+    const void* data;
+    int bits;
+
+#if defined(__CUDACC__)
+    __device__ int64_t operator[](int64_t i) const { return bits == 64 ? static_cast<const int64_t*>(data)[i] : static_cast<const int32_t*>(data)[i]; }
+    // -1 for what names no expert.
+    __device__ static int32_t checked(int64_t index, int num_experts) { return index >= 0 && index < num_experts ? static_cast<int32_t>(index) : -1; }
+    __device__ int32_t expert(int64_t i, int num_experts) const { return checked((*this)[i], num_experts); }
+#endif
+};
+
+struct DispatchArgs {
+    Domain domain;
+    int phases;
+    // what this rank sends
+    const uint8_t* x;  // bf16 [T, H]
+    IndexArray topk_idx;  // [T, K]
+    const float* topk_weights;  // [T, K], or null
+    int num_tokens;
+    // the shape, alike on every rank
+    int hidden;
+    int num_topk;
+    int max_tokens;
+    int num_experts;
+    int num_local_experts;
+    bool use_fp8;
+    bool round_scale;
+    bool use_ue8m0;
+    bool has_weights;
+    uint32_t checksum;  // of these numbers
+    RowMessage message;
+    // what this rank receives
+    uint8_t* recv_x;        // [L, M, payload bytes], or null
+    uint32_t* recv_scales;  // [L, scale words, M]
+    int32_t* recv_count;    // [L]
+    int64_t* layout_range;  // [L, N]
+    int32_t* handle;        // HandleLayout
+    HandleLayout handle_layout;
+    int32_t* cumulative_stats;  // [L], or null
+    int64_t* wait_stats;        // [N], or null
+};
+
+struct CombineArgs {
+    Domain domain;
+    int phases;
+    // what this rank sends
+    const uint8_t* x;  // bf16 [L * M, row bytes]
+    int64_t num_row_bytes;
+    const int32_t* handle;
+    HandleLayout handle_layout;
+    uint32_t* ticket;  // [N], or null where one kernel does both
+    // what this rank collects
+    IndexArray topk_idx;
+    const float* topk_weights;  // [T, K]
+    int num_tokens;
+    uint8_t* out;  // bf16 [T, H], or null
+    int64_t* wait_stats;
+    // the shape
+    int hidden;
+    int num_topk;
+    int max_tokens;
+    int num_experts;
+    int num_local_experts;
+    bool use_logfmt;
+    CombineRow row;
+};
+
+cudaError_t launch_dispatch(const DispatchArgs& args, int num_blocks, cudaStream_t stream);
+cudaError_t launch_combine(const CombineArgs& args, int num_blocks, cudaStream_t stream);
+
+// Loads the kernels of each file on the current device: lazy loading may not meet a spinning kernel.
+cudaError_t prepare_dispatch();
+cudaError_t prepare_combine();
+
+#if defined(DEEPEP_LL_TRACE)
+// uint32 [kMaxBlocks][12]: trace.cuh.
+cudaError_t copy_dispatch_stamps(uint32_t* out);
+cudaError_t copy_combine_stamps(uint32_t* out);
+#endif
+
+bool is_sm90_compiled();
+
+}  // namespace deepep::ibgda

@@ -1,0 +1,460 @@
+#pragma once
+// What dispatch and combine have in common: how an operation begins, how its blocks share the work of sending, and how its waits end.
+//
+// The last warp of each block, the control warp, reads the sequences and checks the credits. The first block to have read posts this rank's
+// own credits (some block always comes first), the last one advances the sequences: no block can then read them too late, however late it
+// starts.
+#include "deepep/ptx/atomics.cuh"
+#include "deepep/ptx/barrier.cuh"
+#include "deepep/ptx/memory.cuh"
+#include "deepep/ptx/vector.cuh"
+#include "deepep/sync/wait.cuh"
+#include "kernels.hpp"
+#include "remote.cuh"
+
+namespace deepep::ibgda {
+
+constexpr int kControlWarp = kNumWarps - 1;
+constexpr int kNumWorkers = kControlWarp * 32;  // threads of the other warps
+constexpr unsigned kAllLanes = 0xffffffffu;
+
+// Four lanes of the control warp look at the slots that one peer fills in one direction: three of them at a slot each, the fourth at what the
+// peer was told last.
+struct CreditLane {
+    uint32_t taken;
+    uint32_t broken;
+    uint64_t told;
+};
+
+// Of the running operation; in shared memory.
+struct Operation {
+    CreditLane credit_lanes[32];  // kept for post_credits
+    uint8_t* arenas[kMaxWindowRanks];
+    uint32_t sequences[kMaxWindowRanks];  // 0: the rank takes no part
+    uint32_t launch;
+    uint32_t num_sends;
+    uint32_t is_claimed;  // this block's own share of sending is still its own
+    uint32_t is_failed;
+    int32_t taken;  // a share of another block
+};
+
+__device__ __forceinline__ Op op_of(Direction direction) { return direction == kDispatch ? Op::kDispatch : Op::kCombine; }
+__device__ __forceinline__ WaitContext wait_context(const Domain& domain, const Operation& operation, Direction direction) {
+    return {domain.host, domain.state(), op_of(direction), domain.rank, operation.launch};
+}
+
+// --- peers outside the NVLink domain --------------------------------------------------------------------------------
+
+// All messages to a peer go through one queue pair: a later one then says that the earlier ones have landed.
+constexpr int kQueueLane = 0;
+
+template <bool kRemote>
+__device__ __forceinline__ bool is_remote(const Domain& domain, int peer) {
+    return kRemote && domain.remote.has(peer);
+}
+
+// The box that this rank fills for `peer`: in the peer's window, or in the own outbox, from where work requests take it there.
+template <bool kRemote>
+__device__ __forceinline__ uint8_t* outgoing_box(const Domain& domain, const Operation& operation, int peer) {
+    const int slot = static_cast<int>(operation.sequences[peer] % kNumSlots);
+    if (is_remote<kRemote>(domain, peer)) return domain.own + domain.window.outbox_distance() + domain.window.index_offset(slot, peer);
+    return operation.arenas[peer] + domain.window.index_offset(slot, domain.rank);
+}
+template <bool kRemote>
+__device__ __forceinline__ uint8_t* outgoing_rows(const Domain& domain, const Operation& operation, Direction direction, int peer) {
+    return outgoing_box<kRemote>(domain, operation, peer) + domain.window.rows_in_box(direction);
+}
+
+// Posts bytes of an outgoing box to their place in the peer's. By one thread, after a barrier with those that stored them.
+__device__ __noinline__ inline bool post_outgoing(const Domain& domain, const Operation& operation, Direction direction, int peer, const uint8_t* begin,
+                                                  uint32_t num_bytes) {
+    const int slot = static_cast<int>(operation.sequences[peer] % kNumSlots);
+    const int64_t local_offset = begin - domain.own;
+    const int64_t offset_in_box = local_offset - domain.window.outbox_distance() - domain.window.index_offset(slot, peer);
+    return post_write(domain.remote, wait_context(domain, operation, direction), peer, kQueueLane, local_offset,
+                      domain.window.index_offset(slot, domain.rank) + offset_in_box, num_bytes);
+}
+
+// --- waits ----------------------------------------------------------------------------------------------------------
+
+// How long a wait lasts before it looks at the host's page, which lies across PCIe: if every waiting thread read it as soon as a peer is some
+// microseconds late, the reads would take longer than the wait, and make other ranks wait in turn.
+constexpr uint32_t kPatience = 5'000'000 >> 10;  // units of 1024 ns
+
+// What becomes of a wait. kSkip: the peer is masked, the operation goes on without it. kEnd: the operation has failed. kReport: it fails here.
+enum class Verdict : uint32_t { kGoOn, kSkip, kEnd, kReport };
+
+__device__ __forceinline__ uint32_t coarse_time() { return static_cast<uint32_t>(ptx::global_timer_ns() >> 10) | 1; }
+
+__device__ __forceinline__ bool has_failed(const Domain& domain, const Operation& operation, Direction direction) {
+    return ptx::load_relaxed_gpu(&domain.state()->failed_epochs[static_cast<int>(op_of(direction))]) == operation.launch;
+}
+
+// A wait's slow side, entered every few hundred polls. It calls nothing: what a waiting thread holds stays in its registers. `start`: 0 at first.
+// A message that is given up may still arrive: `broken` keeps its slot from being reused until the peer is known to have finished with it.
+__device__ __forceinline__ Verdict judge(const Domain& domain, const Operation& operation, Direction direction, int peer, uint32_t* start) {
+    const uint32_t sequence = operation.sequences[peer];
+    uint32_t* broken = domain.broken(direction, static_cast<int>(sequence % kNumSlots), peer);
+    Verdict verdict = Verdict::kGoOn;
+    const bool can_skip = domain.enable_shrink && peer != domain.rank;
+    if (has_failed(domain, operation, direction)) {
+        verdict = Verdict::kEnd;
+    } else if (can_skip && ptx::load_relaxed_gpu(domain.masked(peer)) != 0) {
+        verdict = Verdict::kSkip;
+    } else {
+        const uint32_t now = coarse_time();
+        if (*start == 0) *start = now;
+        if (now - *start < kPatience) return Verdict::kGoOn;
+        if (ptx::load_relaxed_sys(&domain.host->is_aborted) != 0) {
+            verdict = Verdict::kReport;
+        } else {
+            const uint64_t timeout = ptx::load_relaxed_sys(&domain.host->timeout_ns) >> 10;
+            if (now - *start < min(timeout, static_cast<uint64_t>(0x7fffffff))) return Verdict::kGoOn;
+            verdict = can_skip ? Verdict::kSkip : Verdict::kReport;
+            if (can_skip) ptx::store_relaxed_gpu(domain.masked(peer), 1);
+        }
+    }
+    ptx::store_relaxed_gpu(broken, sequence);
+    return verdict;
+}
+
+// The same for a warp in step, whose lanes wait for one peer.
+__device__ __forceinline__ Verdict judge_as_warp(const Domain& domain, const Operation& operation, Direction direction, int peer, uint32_t* start) {
+    Verdict verdict = Verdict::kGoOn;
+    if (threadIdx.x % 32 == 0) verdict = judge(domain, operation, direction, peer, start);
+    return static_cast<Verdict>(__shfl_sync(kAllLanes, static_cast<uint32_t>(verdict), 0));
+}
+
+// A peer, or a handle, says what cannot be.
+__device__ __noinline__ inline void report(const Domain& domain, const Operation& operation, Direction direction, ErrorKind kind, Phase phase, int peer,
+                                           uint64_t seen, uint64_t expected) {
+    report_error(wait_context(domain, operation, direction), kind, phase, peer, seen, expected, 0);
+}
+
+// The operation fails, and its record names the peer. By whoever got kReport; nothing is waited for afterwards.
+__device__ __noinline__ inline void fail(const Domain& domain, const Operation& operation, Direction direction, Phase phase, int peer, uint64_t seen,
+                                         uint64_t expected, uint32_t start) {
+    const WaitContext context = wait_context(domain, operation, direction);
+    const bool is_aborted = ptx::load_relaxed_sys(&domain.host->is_aborted) != 0;
+    const uint64_t elapsed_ns = static_cast<uint64_t>(coarse_time() - start) << 10;
+    report_error(context, is_aborted ? ErrorKind::kAborted : ErrorKind::kTimeout, phase, peer, seen, expected, elapsed_ns);
+    mark_failed(context);
+}
+
+// Lanes that want to poll their signal word until it carries the operation's sequence with `peer`; a word's value is all that the reader may
+// use. By a warp in step. False in lanes whose word did not come.
+__device__ __forceinline__ bool wait_tagged(const Domain& domain, const Operation& operation, Direction direction, bool wants, const uint64_t* word,
+                                            Phase phase, int peer, uint32_t* value) {
+    const uint32_t sequence = operation.sequences[peer];
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    bool is_missing = wants;
+    uint32_t start = 0;
+    while (true) {
+        unsigned looking = kAllLanes;
+#pragma unroll 1
+        for (int poll = 0; poll < kPollsPerCheck; ++poll) {
+            if (is_missing && (looking >> lane & 1) != 0) {
+                const uint64_t seen = ptx::load_relaxed_sys(word);
+                is_missing = signal_epoch(seen) != sequence;
+                *value = signal_value(seen);
+            }
+            const unsigned missing = __ballot_sync(kAllLanes, is_missing);
+            if (missing == 0) return wants;
+            // While nothing comes, one lane looks.
+            looking = (missing & looking) == looking ? missing & (0u - missing) : missing;
+        }
+        // One lane judges for all that wait for its peer.
+        const int first = __ffs(static_cast<int>(__ballot_sync(kAllLanes, is_missing))) - 1;
+        Verdict verdict = Verdict::kGoOn;
+        if (lane == first) verdict = judge(domain, operation, direction, peer, &start);
+        if (verdict == Verdict::kReport) fail(domain, operation, direction, phase, peer, 0, sequence, start);
+        const bool is_over = __shfl_sync(kAllLanes, static_cast<uint32_t>(verdict), first) != static_cast<uint32_t>(Verdict::kGoOn);
+        if (is_over && __shfl_sync(kAllLanes, peer, first) == peer && is_missing) is_missing = wants = false;
+    }
+}
+
+__device__ __forceinline__ bool is_full(uint4 v) {
+    return v.x != kEmptyWord && v.y != kEmptyWord && v.z != kEmptyWord && v.w != kEmptyWord;
+}
+__device__ __forceinline__ uint4 empty_vector() { return make_uint4(kEmptyWord, kEmptyWord, kEmptyWord, kEmptyWord); }
+
+// --- credits --------------------------------------------------------------------------------------------------------
+
+// A slot whose message was given up: everything in it is emptied once a later message of that peer has been taken, because the peer's earlier
+// kernel, with all its stores, had then ended.
+__device__ __noinline__ inline void refill_box(const Domain& domain, Direction direction, int slot, int peer) {
+    uint4* begin = reinterpret_cast<uint4*>(domain.own + domain.window.rows_offset(direction, slot, peer));
+    const int64_t num_vectors = domain.window.num_rows_bytes(direction) / 16;
+#pragma unroll 1
+    for (int64_t i = 0; i < num_vectors; ++i) begin[i] = empty_vector();
+}
+
+__device__ __forceinline__ bool has_later_message(const Domain& domain, Direction direction, int slot, int peer) {
+    const uint32_t given_up = ptx::load_relaxed_gpu(domain.broken(direction, slot, peer));
+#pragma unroll 1
+    for (int other = 0; other < kNumSlots; ++other) {
+        const uint32_t taken = ptx::load_relaxed_gpu(domain.consumed(direction, other, peer));
+        if (taken > given_up && ptx::load_relaxed_gpu(domain.broken(direction, other, peer)) != taken) return true;
+    }
+    return false;
+}
+
+// The doorbell is a release, like the store to a mapped peer.
+__device__ __noinline__ inline void post_credit_word(const Domain& domain, const Operation& operation, Direction running, Direction direction, int peer,
+                                                     uint64_t word) {
+    const uint32_t words[2] = {low_half(static_cast<int64_t>(word)), high_half(static_cast<int64_t>(word))};
+    post_inline(domain.remote, wait_context(domain, operation, running), peer, kQueueLane,
+                domain.window.credits_offset() + 8ll * (direction * domain.num_ranks + domain.rank), words, 2);
+}
+
+// --- the control warp -----------------------------------------------------------------------------------------------
+
+// What the control warp of a block holds from the beginning of an operation until it has settled the operation's bookkeeping.
+template <bool kRemote>
+class Control {
+public:
+    __device__ Control(const Domain& domain, Direction direction, Operation& operation)
+        : domain_(domain), direction_(direction), operation_(operation), lane_(static_cast<int>(threadIdx.x) % 32) {}
+
+    // Afterwards, and after a block barrier, the operation is valid for every thread. All loads but the last are under way before the first one
+    // is waited for.
+    __device__ void begin_send(uint32_t* ticket) {
+        uint32_t claim = 0;
+        // Each send adds one to its block's word, whoever does the block's share; see next_share.
+        if (lane_ == 0) claim = ptx::add_relaxed_gpu(domain_.claims(direction_) + blockIdx.x, 1);
+        const uint32_t num_launches = ptx::load_relaxed_gpu(domain_.launches(direction_));
+        const uint32_t num_sends = ptx::load_relaxed_gpu(domain_.sends(direction_));
+        CreditLane credit_lane = read_credit_lane(0);
+        bool is_ready = true;
+#pragma unroll 1
+        for (int peer = lane_; peer < domain_.num_ranks; peer += 32) {
+            const uint32_t is_masked = domain_.enable_shrink && peer != domain_.rank ? ptx::load_relaxed_gpu(domain_.masked(peer)) : 0;
+            const uint32_t before = ptx::load_relaxed_gpu(domain_.sequence(direction_, peer));
+            const uint64_t arena = ptx::load_relaxed_gpu(domain_.arena_word(peer));
+            // What the peer has taken and emptied. An earlier kernel acquired it: an acquire here would delay the first store.
+            const uint64_t credits = ptx::load_relaxed_gpu(domain_.granted(direction_, peer));
+            const uint32_t sequence = is_masked != 0 ? 0 : before + 1;
+            operation_.arenas[peer] = reinterpret_cast<uint8_t*>(arena);
+            operation_.sequences[peer] = sequence;
+            if (sequence != 0 && !grants(credits, sequence)) is_ready = false;
+            if (ticket != nullptr && blockIdx.x == 0) ticket[peer] = sequence;
+        }
+        if (lane_ == 0) {
+            operation_.launch = num_launches + 1;
+            operation_.num_sends = num_sends + 1;
+            operation_.is_claimed = claim == num_sends;
+            operation_.is_failed = 0;
+            if (claim != num_sends) ptx::add_relaxed_gpu(domain_.claims(direction_) + blockIdx.x, 0u - 1);  // somebody was faster
+        }
+        sends_ = true;
+        arrive(credit_lane);
+        if (__all_sync(kAllLanes, is_ready)) return;
+        // Rarely: a peer is more than two operations behind. It may wait for our own credits meanwhile.
+        settle();
+        wait_for_credits();
+    }
+
+    // In a kernel that only receives.
+    __device__ void begin_receive(const uint32_t* ticket) {
+        const uint32_t num_launches = ptx::load_relaxed_gpu(domain_.launches(direction_));
+        CreditLane credit_lane = read_credit_lane(0);
+#pragma unroll 1
+        for (int peer = lane_; peer < domain_.num_ranks; peer += 32) {
+            operation_.arenas[peer] = reinterpret_cast<uint8_t*>(ptx::load_relaxed_gpu(domain_.arena_word(peer)));
+            operation_.sequences[peer] = ticket[peer];
+        }
+        if (lane_ == 0) {
+            operation_.launch = num_launches + 1;
+            operation_.num_sends = 0;
+            operation_.is_claimed = 0;
+            operation_.is_failed = 0;
+        }
+        arrive(credit_lane);
+    }
+
+    // Not before the block barrier, unless the block has to wait: what is done here takes microseconds, and nobody else needs it soon.
+    __device__ void settle() {
+        if (is_settled_) return;
+        is_settled_ = true;
+        const uint32_t before = __shfl_sync(kAllLanes, arrival_, 0);
+        if (before == 0) {
+            post_credits();
+            acquire_credits();
+            // Nobody waits for completions, so somebody has to ask how the queue pairs are.
+            if (kRemote) static_cast<void>(poll_all(domain_.remote, wait_context(domain_, operation_, direction_)));
+        }
+        if (before == gridDim.x - 1) advance();
+    }
+
+private:
+    __device__ int num_pairs() const { return kNumDirections * domain_.num_ranks; }
+    __device__ CreditLane read_credit_lane(int first_pair) const {
+        CreditLane result{0, 0, 0};
+        const int pair = first_pair + lane_ / 4, slot = lane_ % 4;
+        if (pair >= num_pairs()) return result;
+        const Direction direction = static_cast<Direction>(pair / domain_.num_ranks);
+        const int peer = pair % domain_.num_ranks;
+        if (slot == kNumSlots) {
+            result.told = ptx::load_relaxed_gpu(domain_.posted(direction, peer));
+        } else {
+            result.taken = ptx::load_relaxed_gpu(domain_.consumed(direction, slot, peer));
+            result.broken = ptx::load_relaxed_gpu(domain_.broken(direction, slot, peer));
+        }
+        return result;
+    }
+
+    // This block's reads of what the last block changes are done: their values have been stored to shared memory. What follows from that is only
+    // that those reads cannot return what is stored later; no data is passed on, so the addition needs no fence.
+    __device__ void arrive(const CreditLane& credit_lane) {
+        operation_.credit_lanes[lane_] = credit_lane;
+        __syncwarp();
+        if (lane_ == 0) arrival_ = ptx::add_relaxed_gpu(domain_.readers(direction_), 1);
+    }
+
+    // Tells every peer what has been taken from the slots that it fills here. What emptied those slots were earlier kernels, which the release
+    // passes on; the peer acquires the word before it stores into a slot again. What this operation itself takes is left to the next one,
+    // though other blocks may have noted it already.
+    __device__ void post_credits() {
+#pragma unroll 1
+        for (int first = 0; first < num_pairs(); first += 8) {
+            CreditLane mine = first == 0 ? operation_.credit_lanes[lane_] : read_credit_lane(first);
+            const int pair = min(first + lane_ / 4, num_pairs() - 1), slot = lane_ % 4;
+            const Direction direction = static_cast<Direction>(pair / domain_.num_ranks);
+            const int peer = pair % domain_.num_ranks;
+            const uint64_t before = __shfl_sync(kAllLanes, mine.told, lane_ | 3);
+            uint64_t word = 0;
+            if (slot < kNumSlots && first + lane_ / 4 < num_pairs()) {
+                const uint64_t told = before & credit_of(kCreditMask, slot);
+                bool is_new = mine.taken != 0 && credit_of(mine.taken, slot) != told && !(direction == direction_ && mine.taken == operation_.sequences[peer]);
+                if (is_new && mine.broken == mine.taken) {
+                    is_new = has_later_message(domain_, direction, slot, peer);
+                    if (is_new) refill_box(domain_, direction, slot, peer);
+                }
+                word = is_new ? credit_of(mine.taken, slot) : told;
+            }
+            word |= __shfl_xor_sync(kAllLanes, word, 1);
+            word |= __shfl_xor_sync(kAllLanes, word, 2);
+            if (slot != kNumSlots || first + lane_ / 4 >= num_pairs() || word == before) continue;
+            *domain_.posted(direction, peer) = word;
+            if (is_remote<kRemote>(domain_, peer))
+                post_credit_word(domain_, operation_, direction_, direction, peer, word);
+            else
+                ptx::store_release_sys(domain_.credits(operation_.arenas[peer], direction, domain_.rank), word);
+        }
+        __syncwarp();
+    }
+
+    // For the next kernels: what is stored into a slot after a kernel boundary finds it empty.
+    __device__ void acquire_credits() {
+#pragma unroll 1
+        for (int i = lane_; i < num_pairs(); i += 32) {
+            const Direction direction = static_cast<Direction>(i / domain_.num_ranks);
+            const int peer = i % domain_.num_ranks;
+            ptx::store_relaxed_gpu(domain_.granted(direction, peer), ptx::load_acquire_sys(domain_.credits(domain_.own, direction, peer)));
+        }
+        __syncwarp();
+    }
+
+    // By the last block that has read it: the state becomes the next kernel's.
+    __device__ void advance() {
+        if (lane_ == 0) {
+            ptx::store_relaxed_gpu(domain_.readers(direction_), 0);
+            ptx::store_relaxed_gpu(domain_.launches(direction_), operation_.launch);
+            if (sends_) ptx::store_relaxed_gpu(domain_.sends(direction_), operation_.num_sends);
+        }
+        if (!sends_) return;
+#pragma unroll 1
+        for (int peer = lane_; peer < domain_.num_ranks; peer += 32)
+            if (operation_.sequences[peer] != 0) ptx::store_relaxed_gpu(domain_.sequence(direction_, peer), operation_.sequences[peer]);
+#pragma unroll 1
+        for (int block = static_cast<int>(gridDim.x) + lane_; block < kMaxBlocks; block += 32)
+            ptx::store_relaxed_gpu(domain_.claims(direction_) + block, operation_.num_sends);
+    }
+
+    __device__ void wait_for_credits() {
+#pragma unroll 1
+        for (int peer = lane_; peer < domain_.num_ranks; peer += 32) {
+            const uint32_t sequence = operation_.sequences[peer];
+            uint32_t start = 0;
+#pragma unroll 1
+            for (int poll = 1; sequence != 0; ++poll) {
+                const uint64_t credits = ptx::load_acquire_sys(domain_.credits(domain_.own, direction_, peer));
+                if (grants(credits, sequence)) break;
+                if (poll % kPollsPerCheck != 0) continue;
+                const Verdict verdict = judge(domain_, operation_, direction_, peer, &start);
+                if (verdict == Verdict::kGoOn) continue;
+                if (verdict == Verdict::kReport) fail(domain_, operation_, direction_, Phase::kCredit, peer, credits, sequence - kNumSlots, start);
+                operation_.sequences[peer] = 0;  // nothing goes to a rank that cannot take it
+                operation_.is_failed = 1;
+                break;
+            }
+        }
+        __syncwarp();
+    }
+
+    const Domain& domain_;
+    Direction direction_;
+    Operation& operation_;
+    int lane_;
+    bool sends_ = false;
+    bool is_settled_ = false;
+    uint32_t arrival_ = 0;
+};
+
+// --- sending, shared among blocks -----------------------------------------------------------------------------------
+
+// The work of sending is cut into shares, one per block. A block that has finished its own looks for shares that nobody has taken up (their
+// blocks are not resident) and takes them over before it waits for anything: so one resident block per rank is enough.
+// A share's word equals num_sends once it is claimed (or, for a moment, one more).
+__device__ __forceinline__ bool is_share_free(const Domain& domain, Direction direction, const Operation& operation, uint32_t claim) {
+    return threadIdx.x < gridDim.x && static_cast<int32_t>(claim - operation.num_sends) < 0;
+}
+// The word of this thread's share. Loaded before the stores of a share and looked at after them, since a load waits behind stores.
+__device__ __forceinline__ uint32_t load_claim(const Domain& domain, Direction direction) {
+    return threadIdx.x < kMaxBlocks ? ptx::load_relaxed_gpu(domain.claims(direction) + threadIdx.x) : 0;
+}
+
+// By all threads: the next share to send, or -1. `claim`: as an earlier load found it; what was claimed then stays claimed.
+__device__ __forceinline__ int next_share(const Domain& domain, Direction direction, Operation& operation, uint32_t claim) {
+    const int share = static_cast<int>(threadIdx.x);
+    while (__syncthreads_or(is_share_free(domain, direction, operation, claim))) {
+        if (threadIdx.x == 0) operation.taken = kNumThreads;
+        // A block that has just been launched claims its share within a microsecond or two.
+        const uint64_t begin_ns = ptx::global_timer_ns();
+        do claim = load_claim(domain, direction);
+        while (is_share_free(domain, direction, operation, claim) && ptx::global_timer_ns() - begin_ns < 4000);
+        __syncthreads();
+        if (is_share_free(domain, direction, operation, claim)) atomicMin(&operation.taken, share);
+        __syncthreads();
+        const int taken = operation.taken;
+        const bool is_mine = share == taken && atomicCAS(domain.claims(direction) + share, operation.num_sends - 1, operation.num_sends) == operation.num_sends - 1;
+        if (__syncthreads_or(is_mine)) return taken;
+        claim = load_claim(domain, direction);
+    }
+    return -1;
+}
+
+// --- statistics -----------------------------------------------------------------------------------------------------
+
+// The last block adds each source's longest wait to the caller's statistics. By all threads, at the end.
+__device__ __forceinline__ void add_wait_stats(const Domain& domain, Direction direction, Operation& operation, int64_t* stats) {
+    __syncthreads();
+    uint32_t* arrivals = &domain.state()->arrivals[static_cast<int>(op_of(direction))];
+    if (threadIdx.x == 0) operation.taken = ptx::add_acq_rel_gpu(arrivals, 1) == gridDim.x - 1;
+    __syncthreads();
+    if (operation.taken == 0) return;
+#pragma unroll 1
+    for (int peer = static_cast<int>(threadIdx.x); peer < domain.num_ranks; peer += kNumThreads) {
+        unsigned long long* longest = reinterpret_cast<unsigned long long*>(domain.longest_wait(direction, peer));
+        stats[peer] += static_cast<int64_t>(atomicExch(longest, 0ull));
+    }
+    if (threadIdx.x == 0) ptx::store_relaxed_gpu(arrivals, 0);
+}
+
+__device__ __forceinline__ void note_wait(const Domain& domain, Direction direction, int peer, uint64_t begin_ns) {
+    if (peer != domain.rank)
+        atomicMax(reinterpret_cast<unsigned long long*>(domain.longest_wait(direction, peer)),
+                  static_cast<unsigned long long>(ptx::global_timer_ns() - begin_ns));
+}
+
+}  // namespace deepep::ibgda

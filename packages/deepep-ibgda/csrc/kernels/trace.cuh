@@ -1,0 +1,23 @@
+#pragma once
+// Where the time of a block goes: built with DEEPEP_LL_TRACE only. Each block keeps the clock of its SM at some points of its last operation.
+#include "window.hpp"
+
+#if defined(DEEPEP_LL_TRACE)
+namespace deepep::ibgda {
+
+constexpr int kNumStamps = 12;
+
+// [block][stamp], cycles since the block's first stamp.
+static __device__ uint32_t trace_stamps[kMaxBlocks][kNumStamps];
+
+// By one thread of the block that has come to this point.
+__device__ __forceinline__ void stamp(int point) { trace_stamps[blockIdx.x][point] = static_cast<uint32_t>(clock64()); }
+
+inline cudaError_t copy_stamps(uint32_t* out) { return cudaMemcpyFromSymbol(out, trace_stamps, sizeof(trace_stamps)); }
+
+}  // namespace deepep::ibgda
+#define DEEPEP_STAMP(point, condition) \
+    if (condition) stamp(point)
+#else
+#define DEEPEP_STAMP(point, condition)
+#endif
