@@ -43,12 +43,6 @@ __device__ __forceinline__ uint32_t exchange_acquire_gpu(uint32_t* address, uint
     asm volatile("atom.exch.acquire.gpu.global.b32 %0, [%1], %2;" : "=r"(before) : "l"(address), "r"(value) : "memory");
     return before;
 }
-// Nothing waits for the answer until it is used.
-__device__ __forceinline__ uint32_t add_release_gpu(uint32_t* address, uint32_t value) {
-    uint32_t before;
-    asm volatile("atom.add.release.gpu.global.u32 %0, [%1], %2;" : "=r"(before) : "l"(address), "r"(value) : "memory");
-    return before;
-}
 __device__ __forceinline__ uint64_t add_relaxed_sys(uint64_t* address, uint64_t value) {
     uint64_t before;
     asm volatile("atom.add.relaxed.sys.global.u64 %0, [%1], %2;" : "=l"(before) : "l"(address), "l"(value) : "memory");
