@@ -106,8 +106,9 @@ Runtime::Runtime(const RuntimeConfig& config) : config_(config), domain_{} {
     }
     require(config.arena_ptrs[config.rank] != 0, "this rank's own arena is not mapped.");
     domain_.own = reinterpret_cast<uint8_t*>(config.arena_ptrs[config.rank]);
-    domain_.window = LowLatencyWindow::of(config.num_ranks, config.num_arena_bytes, domain_.reduces_at_source, domain_.remote.any());
-    require(domain_.window.num_part_bytes > 0, "an arena of " + std::to_string(config.num_arena_bytes) + " bytes is too small for a window of " +
+    window_ = LowLatencyWindow::of(config.num_ranks, config.num_arena_bytes, domain_.reduces_at_source, domain_.remote.any());
+    domain_.window = WindowOffsets::of(window_);
+    require(window_.num_part_bytes > 0, "an arena of " + std::to_string(config.num_arena_bytes) + " bytes is too small for a window of " +
                                                    std::to_string(config.num_ranks) + " ranks; ask window_bytes for a size.");
 
     const DeviceGuard guard(config.device);
@@ -141,7 +142,7 @@ void Runtime::require_open() const { require(domain_.host != nullptr, "this runt
 
 // Counters and credits zero, boxes empty, the table of arenas.
 void Runtime::fill_window(cudaStream_t stream) {
-    const LowLatencyWindow& window = domain_.window;
+    const LowLatencyWindow& window = window_;
     check_runtime(cudaMemsetAsync(domain_.own, 0, static_cast<size_t>(window.boxes_offset()), stream), "clearing the window");
     check_runtime(cudaMemsetAsync(domain_.own + window.boxes_offset(), 0xff, static_cast<size_t>(window.num_bytes() - window.boxes_offset()), stream),
                   "filling the window");
@@ -218,7 +219,7 @@ void Runtime::dispatch(DispatchArgs args, int num_sms, cudaStream_t stream) {
     args.domain = domain_;
     args.num_local_experts = args.num_experts / config_.num_ranks;
     args.message = RowMessage::of(args.hidden, args.use_fp8, args.num_topk, args.has_weights);
-    args.handle_layout = {config_.num_ranks, args.max_tokens, args.num_experts, args.num_topk};
+    args.handle_layout = HandleOffsets::of({config_.num_ranks, args.max_tokens, args.num_experts, args.num_topk});
     args.checksum = checksum_of(args);
     const DeviceGuard guard(config_.device);
     check_runtime(launch_dispatch(args, num_blocks(num_sms), stream), "launching dispatch");
@@ -239,7 +240,7 @@ void Runtime::combine(CombineArgs args, int num_sms, cudaStream_t stream) {
     require(args.phases == (kSend | kReceive) || args.ticket != nullptr, "combine: ticket is null; a call of one phase needs it.");
     args.domain = domain_;
     args.num_local_experts = args.num_experts / config_.num_ranks;
-    args.handle_layout = {config_.num_ranks, args.max_tokens, args.num_experts, args.num_topk};
+    args.handle_layout = HandleOffsets::of({config_.num_ranks, args.max_tokens, args.num_experts, args.num_topk});
     args.row = CombineRow::of(args.hidden, args.use_logfmt);
     const DeviceGuard guard(config_.device);
     check_runtime(launch_combine(args, num_blocks(num_sms), stream), "launching combine");
@@ -255,7 +256,7 @@ void Runtime::update_mask(int rank, bool is_masked, cudaStream_t stream) {
     require_between("update_mask: rank", rank, 0, config_.num_ranks - 1);
     require(rank != config_.rank, "update_mask: rank " + std::to_string(rank) + " is this rank itself.");
     const DeviceGuard guard(config_.device);
-    uint8_t* word = domain_.own + domain_.window.masked_offset() + sizeof(uint32_t) * rank;
+    uint8_t* word = domain_.own + window_.masked_offset() + sizeof(uint32_t) * rank;
     // The memory of a 32-bit one, byte by byte.
     check_runtime(cudaMemsetAsync(word, 0, sizeof(uint32_t), stream), "changing the mask");
     if (is_masked) check_runtime(cudaMemsetAsync(word, 1, 1, stream), "changing the mask");
@@ -264,14 +265,14 @@ void Runtime::update_mask(int rank, bool is_masked, cudaStream_t stream) {
 void Runtime::query_mask(int32_t* out, cudaStream_t stream) const {
     require_masks();
     const DeviceGuard guard(config_.device);
-    check_runtime(cudaMemcpyAsync(out, domain_.own + domain_.window.masked_offset(), sizeof(uint32_t) * config_.num_ranks, cudaMemcpyDeviceToDevice, stream),
+    check_runtime(cudaMemcpyAsync(out, domain_.own + window_.masked_offset(), sizeof(uint32_t) * config_.num_ranks, cudaMemcpyDeviceToDevice, stream),
                   "reading the mask");
 }
 
 void Runtime::clean_mask(cudaStream_t stream) {
     require_masks();
     const DeviceGuard guard(config_.device);
-    check_runtime(cudaMemsetAsync(domain_.own + domain_.window.masked_offset(), 0, sizeof(uint32_t) * config_.num_ranks, stream), "cleaning the mask");
+    check_runtime(cudaMemsetAsync(domain_.own + window_.masked_offset(), 0, sizeof(uint32_t) * config_.num_ranks, stream), "cleaning the mask");
 }
 
 }  // namespace deepep::ibgda

@@ -64,6 +64,7 @@ private:
     void fill_window(cudaStream_t stream);
 
     RuntimeConfig config_;
+    LowLatencyWindow window_;
     Domain domain_;
     int num_device_sms_ = 0;
 };

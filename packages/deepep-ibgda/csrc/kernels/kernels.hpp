@@ -21,7 +21,7 @@ struct Domain {
     bool reduces_at_source;  // ll_reduce = "expert"
     bool enable_shrink;
     uint8_t* own;  // this rank's arena
-    LowLatencyWindow window;
+    WindowOffsets window;
     HostControl* host;  // pinned, this rank's
     RemotePeers remote;
 
@@ -111,7 +111,7 @@ struct DispatchArgs {
     int32_t* recv_count;    // [L]
     int64_t* layout_range;  // [L, N]
     int32_t* handle;        // HandleLayout
-    HandleLayout handle_layout;
+    HandleOffsets handle_layout;
     int32_t* cumulative_stats;  // [L], or null
     int64_t* wait_stats;        // [N], or null
 };
@@ -123,7 +123,7 @@ struct CombineArgs {
     const uint8_t* x;  // bf16 [L * M, row bytes]
     int64_t num_row_bytes;
     const int32_t* handle;
-    HandleLayout handle_layout;
+    HandleOffsets handle_layout;
     uint32_t* ticket;  // [N], or null where one kernel does both
     // what this rank collects
     IndexArray topk_idx;

@@ -155,6 +155,62 @@ struct LowLatencyWindow {
 };
 static_assert(8 * kNumIndexWords % LowLatencyWindow::kAlignment == 0, "boxes stay aligned");
 
+// The same places as numbers, worked out by the host: each of the sums above is a long chain of dependent instructions, and kernels need them
+// many times for each row.
+struct WindowOffsets {
+    int32_t num_ranks;
+    int64_t launches, sends, readers, sequences, consumed, broken, posted, granted, masked, verdicts, waits, claims, arenas, credits, boxes;
+    int64_t num_box_bytes, num_outbox_distance, num_index_bytes;
+    int64_t rows[kNumDirections];  // in a box
+    int64_t num_rows_total[kNumDirections];
+
+    static WindowOffsets of(const LowLatencyWindow& window) {
+        return {window.num_ranks,
+                window.launches_offset(),
+                window.sends_offset(),
+                window.readers_offset(),
+                window.sequences_offset(),
+                window.consumed_offset(),
+                window.broken_offset(),
+                window.posted_offset(),
+                window.granted_offset(),
+                window.masked_offset(),
+                window.verdicts_offset(),
+                window.waits_offset(),
+                window.claims_offset(),
+                window.arenas_offset(),
+                window.credits_offset(),
+                window.boxes_offset(),
+                window.num_box_bytes(),
+                window.outbox_distance(),
+                window.weights_in_box(),
+                {window.rows_in_box(kDispatch), window.rows_in_box(kCombine)},
+                {window.num_rows_bytes(kDispatch), window.num_rows_bytes(kCombine)}};
+    }
+
+    DEEPEP_HOST_DEVICE int64_t launches_offset() const { return launches; }
+    DEEPEP_HOST_DEVICE int64_t sends_offset() const { return sends; }
+    DEEPEP_HOST_DEVICE int64_t readers_offset() const { return readers; }
+    DEEPEP_HOST_DEVICE int64_t sequences_offset() const { return sequences; }
+    DEEPEP_HOST_DEVICE int64_t consumed_offset() const { return consumed; }
+    DEEPEP_HOST_DEVICE int64_t broken_offset() const { return broken; }
+    DEEPEP_HOST_DEVICE int64_t posted_offset() const { return posted; }
+    DEEPEP_HOST_DEVICE int64_t granted_offset() const { return granted; }
+    DEEPEP_HOST_DEVICE int64_t masked_offset() const { return masked; }
+    DEEPEP_HOST_DEVICE int64_t verdicts_offset() const { return verdicts; }
+    DEEPEP_HOST_DEVICE int64_t waits_offset() const { return waits; }
+    DEEPEP_HOST_DEVICE int64_t claims_offset() const { return claims; }
+    DEEPEP_HOST_DEVICE int64_t arenas_offset() const { return arenas; }
+    DEEPEP_HOST_DEVICE int64_t credits_offset() const { return credits; }
+    DEEPEP_HOST_DEVICE int64_t outbox_distance() const { return num_outbox_distance; }
+    DEEPEP_HOST_DEVICE int64_t weights_in_box() const { return num_index_bytes; }
+    DEEPEP_HOST_DEVICE int64_t rows_in_box(Direction direction) const { return rows[direction]; }
+    DEEPEP_HOST_DEVICE int64_t num_rows_bytes(Direction direction) const { return num_rows_total[direction]; }
+    DEEPEP_HOST_DEVICE int64_t index_offset(int slot, int writer) const { return boxes + (slot * num_ranks + writer) * num_box_bytes; }
+    DEEPEP_HOST_DEVICE int64_t weights_offset(int slot, int writer) const { return index_offset(slot, writer) + weights_in_box(); }
+    DEEPEP_HOST_DEVICE int64_t rows_offset(Direction direction, int slot, int writer) const { return index_offset(slot, writer) + rows_in_box(direction); }
+};
+
 // A credit word: for each slot the sequence (its lower 21 bits) of the message that was last taken from it.
 constexpr int kCreditBits = 21;
 constexpr uint32_t kCreditMask = (1u << kCreditBits) - 1;
@@ -184,6 +240,19 @@ struct HandleLayout {
     DEEPEP_HOST_DEVICE int64_t routes() const { return ticket() + align_up(num_ranks, 32); }
     DEEPEP_HOST_DEVICE int64_t weights() const { return routes() + align_up(static_cast<int64_t>(num_ranks) * max_tokens * num_topk, 32); }
     DEEPEP_HOST_DEVICE int64_t num_words() const { return weights() + align_up(static_cast<int64_t>(num_ranks) * max_tokens * num_topk, 32); }
+};
+
+// The same places as numbers.
+struct HandleOffsets {
+    int64_t meta_words, tokens_words, ticket_words, routes_words, weights_words;
+
+    static HandleOffsets of(const HandleLayout& layout) { return {layout.meta(), layout.tokens(), layout.ticket(), layout.routes(), layout.weights()}; }
+
+    DEEPEP_HOST_DEVICE int64_t meta() const { return meta_words; }
+    DEEPEP_HOST_DEVICE int64_t tokens() const { return tokens_words; }
+    DEEPEP_HOST_DEVICE int64_t ticket() const { return ticket_words; }
+    DEEPEP_HOST_DEVICE int64_t routes() const { return routes_words; }
+    DEEPEP_HOST_DEVICE int64_t weights() const { return weights_words; }
 };
 
 }  // namespace deepep::ibgda
