@@ -197,7 +197,8 @@ def choose(
             continue
         auto.add(mode)
         refused: dict[str, str] = {}
-        for name in _candidates(mode, environment, options, channel, timeout_s, refused):
+        candidates = _candidates(mode, environment, options, channel, timeout_s, refused)
+        for name in candidates:
             # A backend that is already open for the other mode is opened again: modes own separate memory.
             try:
                 opened[mode] = _open(name, [mode], facts, options)
@@ -213,6 +214,8 @@ def choose(
                 "which runs anywhere."
             )
         others = "".join(f"; {other} cannot: {why}" for other, why in refused.items())
+        lower = candidates[candidates.index(names[mode]) + 1 :]
+        others += "".join(f"; {other} could, and has to be named" for other in lower)
         logger.info("backend %s serves %s mode%s", names[mode], mode, others)
         if names[mode] == "reference" and environment.device_type == "cuda":
             logger.warning(
