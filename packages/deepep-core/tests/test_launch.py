@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -188,3 +189,23 @@ def test_program_under_torchrun_joins_its_launchers_group(tmp_path):
     finished = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert finished.returncode == 0, finished.stderr
     assert [(tmp_path / f"rank{rank}").read_text() for rank in range(2)] == ["0 2 1 cpu\n", "1 2 1 cpu\n"]
+
+
+def test_functions_of_a_script_are_found_without_running_it_again(tmp_path: Path) -> None:
+    (tmp_path / "job.py").write_text(
+        "from deep_ep.launch import run_ranks\n"
+        "def job(context):\n    return context.rank\n"
+        "if __name__ == '__main__':\n    print(run_ranks(job, num_ranks=2))\n"
+    )
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    # Started by a path that is not the one that the other processes see.
+    run = subprocess.run(
+        [sys.executable, "../job.py"],
+        cwd=elsewhere,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == "[0, 1]"

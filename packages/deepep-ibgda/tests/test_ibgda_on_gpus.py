@@ -36,7 +36,8 @@ def _valid(rows: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().view(torch.uint8)
+    # Not contiguous(): it leaves the strides of a dimension of size 1 as they are, and view refuses them.
+    return tensor.clone(memory_format=torch.contiguous_format).view(torch.uint8)
 
 
 def _same(name: str, ours: torch.Tensor, theirs: torch.Tensor, case: object) -> None:

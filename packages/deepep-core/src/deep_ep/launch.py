@@ -286,8 +286,9 @@ class _Task:
             module = importlib.import_module(self.module)
             if self.file is None or getattr(module, "__file__", None) == self.file:
                 return module
-        # Two test folders may hold modules of one name; the file decides.
-        spec = importlib.util.spec_from_file_location(self.module, self.file) if self.file else None
+        # Two test folders may hold modules of one name; the file decides. What is a main module there is none here.
+        name = "__mp_main__" if self.module == "__main__" else self.module
+        spec = importlib.util.spec_from_file_location(name, self.file) if self.file else None
         if spec is None or spec.loader is None:
             raise ImportError(f"{self.module} cannot be imported on this rank")
         module = importlib.util.module_from_spec(spec)
