@@ -1,6 +1,7 @@
 #include "runtime.hpp"
 
 #include <atomic>
+#include <cstdlib>
 #include <cstring>
 #include <limits>
 
@@ -114,8 +115,14 @@ Runtime::Runtime(const RuntimeConfig& config) : config_(config), domain_{} {
     const DeviceGuard guard(config.device);
     check_runtime(cudaDeviceGetAttribute(&num_device_sms_, cudaDevAttrMultiProcessorCount, config.device), "asking for the SM count");
     // Kernels are loaded now: lazy loading later could wait for a kernel that waits for us.
-    check_runtime(prepare_dispatch(), "loading the dispatch kernels");
-    check_runtime(prepare_combine(), "loading the combine kernels");
+    domain_.is_programmatic = true;
+    check_runtime(prepare_dispatch(&domain_.is_programmatic), "loading the dispatch kernels");
+    check_runtime(prepare_combine(&domain_.is_programmatic), "loading the combine kernels");
+    // TEMPORARY, for measurements: 0 ordinary launches, 1 programmatic, 2 with the early trigger.
+    const char* variant = std::getenv("DEEPEP_LL_PDL");
+    const int pdl = variant == nullptr ? 1 : std::atoi(variant);
+    domain_.is_programmatic = domain_.is_programmatic && pdl >= 1;
+    domain_.triggers_early = domain_.is_programmatic && pdl >= 2;
     void* page = nullptr;
     check_runtime(cudaHostAlloc(&page, sizeof(HostControl), cudaHostAllocPortable | cudaHostAllocMapped), "allocating the pinned status page");
     std::memset(page, 0, sizeof(HostControl));
@@ -218,7 +225,7 @@ void Runtime::dispatch(DispatchArgs args, int num_sms, cudaStream_t stream) {
     require(!args.use_ue8m0 || args.round_scale, "dispatch: use_ue8m0 needs round_scale.");
     args.domain = domain_;
     args.num_local_experts = args.num_experts / config_.num_ranks;
-    args.message = RowMessage::of(args.hidden, args.use_fp8, args.num_topk, args.has_weights);
+    args.message = RowOffsets::of(RowMessage::of(args.hidden, args.use_fp8, args.num_topk, args.has_weights));
     args.handle_layout = HandleOffsets::of({config_.num_ranks, args.max_tokens, args.num_experts, args.num_topk});
     args.checksum = checksum_of(args);
     const DeviceGuard guard(config_.device);

@@ -2,7 +2,7 @@
 //
 // Sending    warps take parts of rows; ll_reduce = "rank" adds up what this rank's experts made of a token before it travels, "expert" sends
 //            every row.
-// Receiving  warps poll the slots of the ranks that hold a token, as in dispatch, and add in the contract's order.
+// Receiving  other warps of the block poll the slots of the ranks that hold a token, and add in the contract's order.
 // Before: the handle's dispatch has been received. Hook mode launches the kernel once for each half.
 #include "combine_receive.cuh"
 #include "combine_send.cuh"
@@ -13,26 +13,23 @@ namespace {
 template <bool kAtSource, class Format, bool kRemote>
 __global__ void __launch_bounds__(kNumThreads, 2) low_latency_combine_kernel(const __grid_constant__ CombineArgs args) {
     __shared__ CombineShared shared;
+    begin_kernel(args);
     DEEPEP_STAMP(0, threadIdx.x == 0);
-    if ((args.phases & kSend) != 0) {
-        bool begins = true;
-        for (int share = static_cast<int>(blockIdx.x); share >= 0; begins = false) {
-            const uint32_t claim = send_share<kAtSource, Format, kRemote>(args, shared, share, begins);
-            share = next_share(args.domain, kCombine, shared.operation, claim);
-        }
-    } else if (static_cast<int>(threadIdx.x) / 32 == kControlWarp) {
+    if (is_receiver()) {
+        if ((args.phases & kReceive) == 0) return;
+        receive_rows<kAtSource, Format>(args, shared);
+        DEEPEP_STAMP(11, receive_thread() == 0);
+        if (args.wait_stats != nullptr) add_wait_stats(args.domain, kCombine, shared.operation, args.wait_stats);
+    } else if ((args.phases & kSend) != 0) {
+        send_shares<kAtSource, Format, kRemote>(args, shared);
+    } else if (is_control_warp()) {
         Control<kRemote> control(args.domain, kCombine, shared.operation);
         const HandleLane handle = HandleLane::load(args);
         control.begin_receive(args.ticket);
         handle.note(args, shared);
-        control.settle();
+        tell_receivers();
+        control.settle(true);
     }
-    if ((args.phases & kReceive) == 0) return;
-    DEEPEP_STAMP(7, threadIdx.x == 0);
-    __syncthreads();
-    receive_rows<kAtSource, Format>(args, shared);
-    DEEPEP_STAMP(11, threadIdx.x == 0);
-    if (args.wait_stats != nullptr) add_wait_stats(args.domain, kCombine, shared.operation, args.wait_stats);
 }
 
 using Kernel = void (*)(CombineArgs);
@@ -47,19 +44,50 @@ Kernel kernel_of(bool at_source, bool use_logfmt, bool has_remote) {
     return has_remote ? kernel_of<true>(at_source, use_logfmt) : kernel_of<false>(at_source, use_logfmt);
 }
 
+int log2_ceil(int number) {
+    int log = 0;
+    while (1 << log < number) ++log;
+    return log;
+}
+
+CombinePlan plan_of(const CombineArgs& args, int num_blocks) {
+    const int num_ranks = args.domain.num_ranks, num_columns = 32 * (args.use_logfmt ? LogfmtFormat::kColumns : PlainFormat::kColumns);
+    CombinePlan plan;
+    plan.num_parts = static_cast<int>(ceil_div(args.hidden, num_columns));
+    plan.by_num_parts = Divisor::of(static_cast<uint32_t>(plan.num_parts));
+    plan.by_num_local_experts = Divisor::of(static_cast<uint32_t>(args.num_local_experts));
+    plan.num_expert_rows = args.num_experts * args.max_tokens;  // num_local_experts * (num_ranks * max_tokens)
+    plan.slot_stride = static_cast<uint32_t>(args.row.stride());
+    plan.adds_own = args.phases == (kSend | kReceive) && !args.domain.reduces_at_source;
+    plan.num_sources = num_ranks - (plan.adds_own ? 1 : 0);
+    plan.by_num_sources = Divisor::of(static_cast<uint32_t>(max_of(plan.num_sources, 1)));
+    plan.choice_shift = log2_ceil(args.num_topk);
+    // Small batches: rows are cut up until the lanes of a warp hold all of a share's, or each worker has one part. What other ranks have sent is not
+    // known here; this rank's own number of tokens stands for theirs.
+    const int64_t num_rows = static_cast<int64_t>(plan.num_sources) * args.num_tokens, num_items = static_cast<int64_t>(num_blocks) << (5 - plan.choice_shift);
+    plan.chunk_shift = 0;
+    while (kWorkerWarps << (plan.chunk_shift + 1) <= plan.num_parts && num_rows << (plan.chunk_shift + 1) <= num_items) ++plan.chunk_shift;
+    plan.num_chunk_parts = static_cast<int>(ceil_div(plan.num_parts, 1 << plan.chunk_shift));
+    // A share's rows are num_blocks items apart: by itself that leads from source to source, unless the number of sources divides it.
+    const int distance = num_blocks >> plan.chunk_shift, num_sources = static_cast<int>(max_of(plan.num_sources, 1));
+    plan.turn_shift = distance % num_sources == 0 ? log2_ceil(distance / num_sources + 1) - 1 : 30;
+    plan.num_share_weights = static_cast<int>(ceil_div(static_cast<int64_t>(args.num_tokens) * args.num_topk, num_blocks));
+    return plan;
+}
+
 }  // namespace
 
 cudaError_t launch_combine(const CombineArgs& args, int num_blocks, cudaStream_t stream) {
-    kernel_of(args.domain.reduces_at_source, args.use_logfmt, args.domain.remote.any())<<<num_blocks, kNumThreads, 0, stream>>>(args);
-    return cudaGetLastError();
+    CombineArgs planned = args;
+    planned.plan = plan_of(args, num_blocks);
+    return launch(kernel_of(args.domain.reduces_at_source, args.use_logfmt, args.domain.remote.any()), planned, num_blocks, 0, stream);
 }
 
-cudaError_t prepare_combine() {
+cudaError_t prepare_combine(bool* is_programmatic) {
     for (const bool at_source : {false, true})
         for (const bool use_logfmt : {false, true})
             for (const bool has_remote : {false, true}) {
-                cudaFuncAttributes attributes;
-                const cudaError_t status = cudaFuncGetAttributes(&attributes, kernel_of(at_source, use_logfmt, has_remote));
+                const cudaError_t status = prepare(kernel_of(at_source, use_logfmt, has_remote), is_programmatic);
                 if (status != cudaSuccess) return status;
             }
     return cudaSuccess;

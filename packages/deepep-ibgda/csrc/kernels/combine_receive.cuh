@@ -1,160 +1,196 @@
 #pragma once
-// The receiving half of combine: warps take parts of this rank's tokens, poll the slots of the ranks that hold them, and add up.
+// The receiving half of combine: warps take parts of this rank's tokens, poll the slots of the ranks that hold them, and add up. What the own rank
+// holds they add up themselves where the kernel sends, too.
 #include "combine_shared.cuh"
 
 namespace deepep::ibgda {
 
+// In lane k: choice k of one of this rank's tokens.
+struct OwnChoice {
+    int32_t expert = -1;
+    float weight = 0;
+    int32_t row = -1;  // of x, if the expert is here and the kernel sends
+
+    template <bool kAtSource>
+    __device__ static OwnChoice load(const CombineArgs& args, int token) {
+        OwnChoice choice;
+        const int k = static_cast<int>(threadIdx.x) % 32;
+        if (token >= args.num_tokens || k >= args.num_topk) return choice;
+        const int i = token * args.num_topk + k;
+        choice.weight = args.topk_weights[i];
+        if (!kAtSource && args.plan.adds_own) choice.row = args.handle[args.handle_layout.routes() + route_of(args, args.domain.rank, token) + k];
+        choice.expert = args.topk_idx.expert(i, args.num_experts);
+        return choice;
+    }
+};
+
+// A warp that takes parts. A term is what one rank has sent for a token, or (kAtSource) one choice's row; terms are bits, of which the lowest is
+// added first. Ranks are looked at 32 at a time.
 template <bool kAtSource, class Format>
 class Receiver {
 public:
     static constexpr int kTermsInFlight = 4;
-    static constexpr int kPartColumns = 32 * Format::kColumns;
+    static constexpr int kPartBytes = 64 * Format::kColumns;  // in x and in the result
 
     __device__ Receiver(const CombineArgs& args, const CombineShared& shared) : args_(args), shared_(shared), lane_(static_cast<int>(threadIdx.x) % 32) {}
 
-    // In lane k: the expert of the token's choice k.
-    __device__ int32_t expert_of(int token) const {
-        if (token >= args_.num_tokens || lane_ >= args_.num_topk) return -1;
-        return args_.topk_idx.expert(static_cast<int64_t>(token) * args_.num_topk + lane_, args_.num_experts);
-    }
-
-    // Adds up one part of a token, empties its places and stores the result. False: the operation has failed.
-    // `is_likely_there`: an earlier item of this warp has come.
-    __device__ bool take(int token, int part, int32_t expert, bool is_likely_there) {
+    // Adds up one part of a token, stores the result and empties the part's places. False: the operation has failed.
+    // `is_likely_there`: an earlier part of this warp has come.
+    __device__ bool take(int token, int part, OwnChoice choice, bool is_likely_there) {
         token_ = token;
         part_ = part;
-        is_inside_ = part * kPartColumns + lane_ * Format::kColumns < args_.hidden;
-        rank_ = expert < 0 ? -1 : expert / args_.num_local_experts;
-        if (rank_ >= 0 && shared_.num_tokens[rank_] < 0) rank_ = -1;
-        float weight = 0;
-        bool is_repeated = false;
-        if constexpr (kAtSource) {
-            if (rank_ >= 0) weight = args_.topk_weights[static_cast<int64_t>(token) * args_.num_topk + lane_];
-            first_of_ = __ffs(static_cast<int>(__match_any_sync(kAllLanes, expert))) - 1;
-            is_repeated = __any_sync(kAllLanes, rank_ >= 0 && first_of_ != lane_);
-        }
-        const unsigned all = __ballot_sync(kAllLanes, rank_ >= 0);
-        auto sum = Sum<Format::kColumns>::zero();
+        const uint64_t begin_ns = args_.wait_stats != nullptr ? ptx::global_timer_ns() : 0;
+        uint32_t start = 0;
 #pragma unroll 1
-        for (unsigned left = all; left != 0;) {
-            if (!load(left, is_likely_there)) return false;
-#pragma unroll
-            for (int b = 0; b < kTermsInFlight; ++b) {
-                if (left == 0) break;
-                const int k = first_choice(left);
-                float columns[Format::kColumns];
-                Format::decode(v_[b], columns);
-                if constexpr (kAtSource)
-                    sum.add_product(__shfl_sync(kAllLanes, weight, k), columns);
-                else
-                    sum.add(columns);
-                // Choices of one expert read the same place: it is emptied when all have.
-                uint8_t* taken = place(k);
-                if (is_inside_ && !is_repeated) Format::clear(taken);
-                left = without_term(left, k);
-            }
+        while (true) {
+            rank_ = choice.expert < 0 ? -1 : static_cast<int>(args_.plan.by_num_local_experts.quotient(static_cast<uint32_t>(choice.expert)));
+            if (rank_ >= 0 && shared_.num_tokens[rank_] < 0) rank_ = -1;
+            if constexpr (kAtSource) first_of_ = __ffs(static_cast<int>(__match_any_sync(kAllLanes, choice.expert))) - 1;
+            const int missing = add_up(choice, is_likely_there);
+            if (missing < 0) break;
+            // Nothing has been changed: the part begins again, perhaps without what this peer holds.
+            const Verdict verdict = judge_as_warp(args_.domain, shared_.operation, kCombine, missing, &start);
+            if (verdict == Verdict::kReport && lane_ == 0)
+                fail(args_.domain, shared_.operation, kCombine, Phase::kRow, missing, 0, shared_.operation.sequences[missing], start);
+            if (verdict == Verdict::kEnd || verdict == Verdict::kReport) return false;
+            if (verdict == Verdict::kSkip && rank_ == missing) choice.expert = -1;
+            if (verdict == Verdict::kSkip) start = 0;
         }
-        if constexpr (kAtSource) {
-#pragma unroll 1
-            for (unsigned left = is_repeated ? all : 0; left != 0; left &= left - 1) {
-                uint8_t* part_place = place(first_choice(left));
-                if (is_inside_) Format::clear(part_place);
-            }
-        }
-        if (is_inside_ && args_.out != nullptr) {
-            auto* out = reinterpret_cast<typename Format::Row*>(args_.out + static_cast<int64_t>(token) * args_.hidden * 2 + part * (kPartColumns * 2)) + lane_;
-            *out = Format::rounded(sum);
-        }
+        if (begin_ns != 0) note_waits(begin_ns);
         return true;
     }
 
 private:
-    // The choice whose term is next: the first column (kAtSource), or one on the lowest rank.
-    __device__ int first_choice(unsigned left) const {
-        if constexpr (kAtSource) return __ffs(static_cast<int>(left)) - 1;
-        const unsigned rank = (left >> lane_ & 1) != 0 ? static_cast<unsigned>(rank_) : kAllLanes;
-        return __ffs(static_cast<int>(__ballot_sync(kAllLanes, rank == __reduce_min_sync(kAllLanes, rank)))) - 1;
-    }
-    __device__ unsigned without_term(unsigned left, int k) const {
-        if constexpr (kAtSource) return left & ~(1u << k);
-        return left & ~__ballot_sync(kAllLanes, rank_ == __shfl_sync(kAllLanes, rank_, k));
-    }
-    // Where the term of choice k arrives.
-    __device__ uint8_t* place(int k) const {
-        const Domain& domain = args_.domain;
-        const int peer = __shfl_sync(kAllLanes, rank_, k);
-        int first_of = 0;
-        if constexpr (kAtSource) first_of = __shfl_sync(kAllLanes, first_of_, k);
-        return domain.rows(domain.own, kCombine, shared_.operation.sequences[peer], peer) + slot_offset<kAtSource>(args_, token_, first_of) +
-               part_ * Format::kPartBytes;
+    // A rank whose term has not come for a while, or -1: done.
+    __device__ int add_up(const OwnChoice& choice, bool is_likely_there) const {
+        const uint32_t begin = static_cast<uint32_t>(part_ * kPartBytes + lane_ * (2 * Format::kColumns));
+        const bool is_inside = begin < static_cast<uint32_t>(2 * args_.hidden);
+        auto sum = Sum<Format::kColumns>::zero();
+        if constexpr (kAtSource) {
+            const int missing = add_terms(0, __ballot_sync(kAllLanes, rank_ >= 0), choice.weight, Format::nothing(), is_inside, is_likely_there, sum);
+            if (missing >= 0) return missing;
+        } else {
+            auto own = Format::nothing();
+            if (args_.plan.adds_own) own = own_sum(choice, begin, is_inside);
+            DEEPEP_STAMP(9, receive_thread() == 0 && !is_likely_there);
+#pragma unroll 1
+            for (int base = 0; base < args_.domain.num_ranks; base += 32) {
+                const int missing = add_terms(base, ranks_from(base), choice.weight, own, is_inside, is_likely_there, sum);
+                if (missing >= 0) return missing;
+            }
+        }
+        if (is_inside && args_.out != nullptr)
+            *reinterpret_cast<typename Format::Row*>(args_.out + static_cast<int64_t>(token_) * args_.hidden * 2 + begin) = Format::rounded(sum);
+        if constexpr (kAtSource) {
+            clear(0, __ballot_sync(kAllLanes, rank_ >= 0), is_inside);
+        } else {
+#pragma unroll 1
+            for (int base = 0; base < args_.domain.num_ranks; base += 32) clear(base, ranks_from(base), is_inside);
+        }
+        return -1;
     }
 
-    // Loads the next terms of `left`; those of a peer that is given up become zero. While something is missing, one lane looks at its part of the
-    // first missing term: thousands of warps that looked at all their words would keep the cache from taking what they wait for. False: the
-    // operation has failed.
-    __device__ bool load(unsigned left, bool is_likely_there) {
-        const Domain& domain = args_.domain;
-        unsigned given_up = 0;
-        uint32_t start = 0;
-        const uint64_t begin_ns = args_.wait_stats != nullptr ? ptx::global_timer_ns() : 0;
-        while (true) {
-            uint8_t* places[kTermsInFlight];
-            unsigned rest = left;
+    // The ranks that hold the token, from this one on: at most 32.
+    __device__ unsigned ranks_from(int base) const {
+        const unsigned bit = static_cast<unsigned>(rank_ - base);
+        return __reduce_or_sync(kAllLanes, rank_ >= 0 && bit < 32 ? 1u << bit : 0);
+    }
+
+    // What this rank's experts made of the part, as it would have travelled.
+    __device__ typename Format::Wire own_sum(const OwnChoice& choice, uint32_t begin, bool is_inside) const {
+        WeightedSum<Format, 1, 0> sum;
+#pragma unroll 1
+        for (unsigned left = __ballot_sync(kAllLanes, rank_ == args_.domain.rank && is_expert_row(args_, choice.row)); left != 0;)
+            left = sum.add(args_, left, choice.row, __float_as_uint(choice.weight), begin, is_inside ? 1 : 0, [] { return true; });
+        return Format::encode(sum.rounded(0));
+    }
+
+    __device__ int peer_of(int base, int term) const { return kAtSource ? __shfl_sync(kAllLanes, rank_, term) : base + term; }
+    __device__ bool is_own(int base, int term) const { return !kAtSource && args_.plan.adds_own && base + term == args_.domain.rank; }
+    // Where the term arrives.
+    __device__ uint8_t* place(int base, int term) const {
+        const int k = kAtSource ? __shfl_sync(kAllLanes, first_of_, term) : 0;
+        return shared_.operation.incoming[peer_of(base, term)] + slot_offset<kAtSource>(args_, token_, k) + static_cast<uint32_t>(part_ * Format::kPartBytes);
+    }
+
+    __device__ int add_terms(int base, unsigned terms, float weight, typename Format::Wire own, bool is_inside, bool is_likely_there,
+                             Sum<Format::kColumns>& sum) const {
+#pragma unroll 1
+        while (terms != 0) {
+            typename Format::Wire v[kTermsInFlight];
+            const unsigned missing = load(v, base, terms, own, is_inside, is_likely_there);
+            if (missing != 0) return peer_of(base, __ffs(static_cast<int>(missing)) - 1);
 #pragma unroll
             for (int b = 0; b < kTermsInFlight; ++b) {
-                const bool is_wanted = rest != 0;
-                const int k = is_wanted ? first_choice(rest) : 0;
-                places[b] = is_wanted ? place(k) : nullptr;
-                v_[b] = is_wanted && is_inside_ && (given_up >> b & 1) == 0 ? Format::empty() : Format::nothing();
-                if (is_wanted) rest = without_term(rest, k);
-            }
-            int missing = 0, prober = 0;
-            bool looks_at_all = is_likely_there;
-#pragma unroll 1
-            for (int poll = 0; poll < kPollsPerCheck; ++poll) {
-#pragma unroll
-                for (int b = 0; b < kTermsInFlight; ++b)
-                    if ((looks_at_all || (b == missing && lane_ == prober)) && !Format::is_full(v_[b])) v_[b] = Format::load(places[b]);
-                const int before = missing, prober_before = prober;
-                missing = -1;
-#pragma unroll
-                for (int b = kTermsInFlight - 1; b >= 0; --b) {
-                    const unsigned lanes = __ballot_sync(kAllLanes, !Format::is_full(v_[b]));
-                    if (lanes == 0) continue;
-                    missing = b;
-                    prober = __ffs(static_cast<int>(lanes)) - 1;
+                if (terms == 0) break;
+                const int term = __ffs(static_cast<int>(terms)) - 1;
+                terms &= terms - 1;
+                float columns[Format::kColumns];
+                Format::decode(v[b], columns);
+                if constexpr (kAtSource) {
+                    sum.add_product(__shfl_sync(kAllLanes, weight, term), columns);
+                } else {
+                    const unsigned choices = __ballot_sync(kAllLanes, rank_ == base + term);
+                    if (Format::kSendsSingleRows && (choices & (choices - 1)) == 0 && !is_own(base, term)) {
+                        auto product = Sum<Format::kColumns>::zero();
+                        product.add_product(__shfl_sync(kAllLanes, weight, __ffs(static_cast<int>(choices)) - 1), columns);
+                        Format::columns(Format::rounded(product), columns);
+                    }
+                    sum.add(columns);
                 }
-                if (missing < 0) {
-                    if (poll > 0 && args_.wait_stats != nullptr) note_waits(left, begin_ns);
-                    return true;
-                }
-                // The lane that looked has found its part: now all look, once.
-                looks_at_all = !looks_at_all && (missing != before || prober != prober_before);
             }
-            const int peer = peer_of_term(left, missing);
-            const Verdict verdict = judge_as_warp(domain, shared_.operation, kCombine, peer, &start);
-            if (verdict == Verdict::kGoOn) continue;
-            if (verdict == Verdict::kReport && lane_ == 0)
-                fail(domain, shared_.operation, kCombine, Phase::kRow, peer, 0, shared_.operation.sequences[peer], start);
-            if (verdict != Verdict::kSkip) return false;
-#pragma unroll 1
-            for (int b = 0; b < kTermsInFlight; ++b)
-                if (peer_of_term(left, b) == peer) given_up |= 1u << b;
-            start = 0;
         }
+        return -1;
     }
-    // -1 beyond the last one.
-    __device__ int peer_of_term(unsigned left, int term) const {
-#pragma unroll 1
-        for (; term > 0 && left != 0; --term) left = without_term(left, first_choice(left));
-        return left == 0 ? -1 : __shfl_sync(kAllLanes, rank_, first_choice(left));
-    }
-    __device__ void note_waits(unsigned left, uint64_t begin_ns) const {
-#pragma unroll 1
+
+    // Loads the next terms. Until a term begins to come, one lane looks at its part of it: thousands of warps that looked at all their words would
+    // keep the cache from taking what they wait for. Returns those that have not come for a while, or 0.
+    __device__ unsigned load(typename Format::Wire (&v)[kTermsInFlight], int base, unsigned terms, typename Format::Wire own, bool is_inside,
+                             bool is_likely_there) const {
+        unsigned rest = terms, looks_at_all = is_likely_there ? kAllLanes : 0, missing = 0;
+#pragma unroll
         for (int b = 0; b < kTermsInFlight; ++b) {
-            const int peer = peer_of_term(left, b);
-            if (peer >= 0 && lane_ == 0) note_wait(args_.domain, kCombine, peer, begin_ns);
+            v[b] = rest != 0 && is_inside ? Format::empty() : Format::nothing();
+            if (rest != 0 && is_own(base, __ffs(static_cast<int>(rest)) - 1)) v[b] = own;
+            rest &= rest - 1;
         }
+#pragma unroll 1
+        for (int poll = 0; poll < kPollsPerCheck; ++poll) {
+            rest = terms;
+#pragma unroll
+            for (int b = 0; b < kTermsInFlight; ++b) {
+                if (rest == 0) break;
+                uint8_t* term_place = place(base, __ffs(static_cast<int>(rest)) - 1);
+                rest &= rest - 1;
+                if ((lane_ == 0 || (looks_at_all >> b & 1) != 0) && !Format::is_full(v[b])) v[b] = Format::load(term_place);
+            }
+            rest = terms;
+            missing = 0;
+#pragma unroll
+            for (int b = 0; b < kTermsInFlight; ++b) {
+                const unsigned lanes = __ballot_sync(kAllLanes, Format::is_full(v[b]));
+                looks_at_all |= (lanes & 1) << b;
+                if (lanes != kAllLanes) missing |= rest & (0u - rest);
+                rest &= rest - 1;
+            }
+            if (missing == 0) break;
+        }
+        return missing;
+    }
+
+    // Choices of one expert read the same place.
+    __device__ void clear(int base, unsigned terms, bool is_inside) const {
+#pragma unroll 1
+        for (; terms != 0; terms &= terms - 1) {
+            const int term = __ffs(static_cast<int>(terms)) - 1;
+            uint8_t* taken = place(base, term);
+            if (is_inside && !is_own(base, term)) Format::clear(taken);
+        }
+    }
+
+    __device__ void note_waits(uint64_t begin_ns) const {
+        const bool is_first = __ffs(static_cast<int>(__match_any_sync(kAllLanes, rank_))) - 1 == lane_;
+        if (is_first && rank_ >= 0) note_wait(args_.domain, kCombine, rank_, begin_ns);
     }
 
     const CombineArgs& args_;
@@ -162,36 +198,31 @@ private:
     int lane_;
     int token_ = 0;
     int part_ = 0;
-    bool is_inside_ = false;
     int rank_ = -1;     // lane k: of choice k
     int first_of_ = 0;  // lane k: the first choice of the same expert
-    typename Format::Wire v_[kTermsInFlight];
 };
 
-// By all threads of every block.
+// By all receivers of every block.
 template <bool kAtSource, class Format>
 __device__ __forceinline__ void receive_rows(const CombineArgs& args, const CombineShared& shared) {
-    const Domain& domain = args.domain;
-    if (blockIdx.x == 0)
-        for (int rank = static_cast<int>(threadIdx.x); rank < domain.num_ranks; rank += kNumThreads) {
-            const uint32_t sequence = shared.operation.sequences[rank];
-            // The next kernel's credit. Kernel boundaries order it behind everything that is taken here.
-            if (sequence != 0) ptx::store_relaxed_gpu(domain.consumed(kCombine, static_cast<int>(sequence % kNumSlots), rank), sequence);
-        }
-    using Part = Receiver<kAtSource, Format>;
-    const int num_parts = static_cast<int>(ceil_div(args.hidden, Part::kPartColumns)), num_blocks = static_cast<int>(gridDim.x);
-    const int num_items = args.num_tokens * num_parts;
-    Part receiver(args, shared);
-    int i = static_cast<int>(threadIdx.x) / 32 * num_blocks + static_cast<int>(blockIdx.x);
-    int32_t next = receiver.expert_of(i / num_parts);
+    const int num_blocks = static_cast<int>(gridDim.x), step = num_blocks * kReceiveWarps;
+    const int num_items = args.num_tokens * args.plan.num_parts;
+    int i = receive_warp() * num_blocks + static_cast<int>(blockIdx.x);
+    uint32_t part;
+    int token = static_cast<int>(args.plan.by_num_parts.quotient(static_cast<uint32_t>(i), &part));
+    OwnChoice choice = OwnChoice::load<kAtSource>(args, token);
+    wait_begun();
+    DEEPEP_STAMP(7, receive_thread() == 0);
+    Receiver<kAtSource, Format> receiver(args, shared);
 #pragma unroll 1
-    while (i < num_items) {
-        const int item = i;
-        const int32_t expert = next;
-        i += num_blocks * kNumWarps;
-        next = receiver.expert_of(i / num_parts);
-        if (!receiver.take(item / num_parts, item % num_parts, expert, item >= num_blocks * kNumWarps)) return;
-        DEEPEP_STAMP(8, threadIdx.x == 0 && item == static_cast<int>(blockIdx.x));
+    for (bool is_first = true; i < num_items; is_first = false) {
+        const OwnChoice taken = choice;
+        const int taken_token = token, taken_part = static_cast<int>(part);
+        i += step;
+        token = static_cast<int>(args.plan.by_num_parts.quotient(static_cast<uint32_t>(i), &part));
+        choice = OwnChoice::load<kAtSource>(args, token);
+        if (!receiver.take(taken_token, taken_part, taken, !is_first)) return;
+        DEEPEP_STAMP(8, receive_thread() == 0 && is_first);
     }
 }
 

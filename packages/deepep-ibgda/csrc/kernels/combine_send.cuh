@@ -1,296 +1,339 @@
 #pragma once
-// The sending half of combine: warps take parts of rows; each adds up what this rank's experts made of a source's token and stores the sum into
-// the source's slot, or (ll_reduce = "expert") stores the rows as they are.
+// The sending half of combine: the workers of a block share rows, each takes parts of them. It adds up what this rank's experts made of a source's
+// token and stores the sum into the source's slot. A row alone goes as it is, and so do all with ll_reduce = "expert": the source multiplies.
 #include "combine_shared.cuh"
 
 namespace deepep::ibgda {
 
-// A warp's work: a part of a source's token. Items run through the sources first, so that all links are busy at once, then through the parts.
-struct SendItem {
-    int source;
-    int token;
-    int part;
-
-    __device__ static SendItem of(const CombineArgs& args, int i, int num_parts) {
-        const int num_ranks = args.domain.num_ranks, rest = i / num_ranks;
-        return {(i + args.domain.rank + 1) % num_ranks, rest / num_parts, rest % num_parts};
-    }
-};
-
-// Of choice k, in lane k: the row of x that belongs to it (-1: none here), and its weight as bits.
-struct Choice {
-    int32_t row = -1;
-    uint32_t weight = 0;
-
-    __device__ static Choice load(const CombineArgs& args, const SendItem& item) {
-        Choice choice;
-        const int lane = static_cast<int>(threadIdx.x) % 32;
-        if (item.token >= args.max_tokens || lane >= args.num_topk) return choice;
-        const int64_t i = (static_cast<int64_t>(item.source) * args.max_tokens + item.token) * args.num_topk + lane;
-        choice.row = args.handle[args.handle_layout.routes() + i];
-        choice.weight = static_cast<uint32_t>(args.handle[args.handle_layout.weights() + i]);
-        return choice;
-    }
-};
+constexpr int kWorkerWarps = kNumWorkers / 32;
 
 // A weight that did not travel with dispatch: it goes to the rank of its choice, as a signal word of the operation's sequence.
 struct Weight {
-    int i;  // choice of all
     int64_t expert;
     float value;
 
-    __device__ static Weight load(const CombineArgs& args, int i) {
-        if (i >= args.num_tokens * args.num_topk) return {i, -1, 0};
-        return {i, args.topk_idx[i], args.topk_weights[i]};
-    }
+    __device__ static Weight load(const CombineArgs& args, int i) { return {args.topk_idx[i], args.topk_weights[i]}; }
     template <bool kRemote>
-    __device__ void send(const CombineArgs& args, const Operation& operation) const {
+    __device__ void send(const CombineArgs& args, const Operation& operation, int i) const {
         const Domain& domain = args.domain;
         if (expert < 0 || expert >= args.num_experts) return;
-        const int rank = static_cast<int>(expert) / args.num_local_experts;
+        const int rank = static_cast<int>(args.plan.by_num_local_experts.quotient(static_cast<uint32_t>(expert)));
         const uint32_t sequence = operation.sequences[rank];
-        if (sequence == 0 || is_remote<kRemote>(domain, rank)) return;
-        ptx::store_relaxed_sys(domain.weights(operation.arenas[rank], sequence, domain.rank) + i, signal_word(sequence, __float_as_uint(value)));
+        if (sequence == 0 || is_remote<kRemote>(domain, rank) || (args.plan.adds_own && rank == domain.rank)) return;
+        ptx::store_relaxed_sys(outgoing_weights(domain, operation, kCombine, rank) + i, signal_word(sequence, __float_as_uint(value)));
     }
 };
 
-// Remote ranks get all weights, in one work request each. By a group of threads that `barrier` joins; thread 0 of it posts.
-template <class Barrier>
-__device__ __forceinline__ void post_weights(const CombineArgs& args, const Operation& operation, int thread, int num_threads, const Barrier& barrier) {
+// Remote ranks get all weights, in one work request each. By a warp.
+__device__ __noinline__ inline void post_weights(const CombineArgs& args, const Operation& operation) {
     const Domain& domain = args.domain;
-    const int num_weights = args.num_tokens * args.num_topk;
+    const int num_weights = args.num_tokens * args.num_topk, lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll 1
     for (int rank = 0; rank < domain.num_ranks; ++rank) {
         const uint32_t sequence = operation.sequences[rank];
         if (sequence == 0 || !domain.remote.has(rank) || num_weights == 0) continue;
-        uint8_t* table = outgoing_box<true>(domain, operation, rank) + domain.window.weights_in_box();
+        uint64_t* table = outgoing_weights(domain, operation, kCombine, rank);
 #pragma unroll 1
-        for (int i = thread; i < num_weights; i += num_threads)
-            ptx::store_relaxed_sys(reinterpret_cast<uint64_t*>(table) + i, signal_word(sequence, __float_as_uint(args.topk_weights[i])));
-        barrier();
-        if (thread == 0) post_outgoing(domain, operation, kCombine, rank, table, 8u * static_cast<uint32_t>(num_weights));
+        for (int i = lane; i < num_weights; i += 32) ptx::store_relaxed_sys(table + i, signal_word(sequence, __float_as_uint(args.topk_weights[i])));
+        __syncwarp();
+        if (lane == 0) post_outgoing(domain, operation, kCombine, rank, reinterpret_cast<uint8_t*>(table), 8u * static_cast<uint32_t>(num_weights));
     }
 }
 
-// Lanes with a row look for its weight, for a while. By a whole warp.
-__device__ __forceinline__ bool poll_weights(const CombineArgs& args, const CombineShared& shared, const SendItem& item, Choice& choice) {
-    const Domain& domain = args.domain;
-    const uint32_t sequence = shared.operation.sequences[item.source];
-    const uint64_t* word = domain.weights(domain.own, sequence, item.source) + item.token * args.num_topk + static_cast<int>(threadIdx.x) % 32;
-    bool is_missing = choice.row >= 0;
+// Weights [begin, end) of this rank's, by a warp. `first`: the one of this lane, loaded before.
+template <bool kRemote>
+__device__ __forceinline__ void send_weights(const CombineArgs& args, const Operation& operation, int begin, int end, Weight first) {
+    const int lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll 1
-    for (int poll = 0; poll < kPollsPerCheck; ++poll) {
-        if (is_missing) {
-            const uint64_t seen = ptx::load_relaxed_sys(word);
-            is_missing = signal_epoch(seen) != sequence;
-            choice.weight = signal_value(seen);
-        }
-        if (!__any_sync(kAllLanes, is_missing)) return true;
+    for (int i = begin + lane; i < end; i += 32) {
+        const Weight weight = i == begin + lane ? first : Weight::load(args, i);
+        weight.send<kRemote>(args, operation, i);
     }
-    return false;
+    if (kRemote && begin == 0) post_weights(args, operation);
 }
 
 // The shares of this rank's own weights may belong to blocks that are not resident, and the peer may wait for them: a block that waits for
-// long sends all of them once (storing a word again changes nothing). `start`: of the wait, in lane 0.
-__device__ __forceinline__ bool is_first_to_resend(CombineShared& shared, uint32_t start) {
-    int is_first = 0;
-    if (threadIdx.x % 32 == 0 && start != 0 && coarse_time() - start >= kPatience) is_first = atomicExch(&shared.has_resent, 1u) == 0;
-    return __shfl_sync(kAllLanes, is_first, 0) != 0;
-}
-
+// long sends all of them once (storing a word again changes nothing). `start`: of the wait.
 template <bool kRemote>
-__device__ __noinline__ void send_all_weights(const CombineArgs& args, const CombineShared& shared) {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-#pragma unroll 1
-    for (int i = lane; i < args.num_tokens * args.num_topk; i += 32) Weight::load(args, i).send<kRemote>(args, shared.operation);
-    if constexpr (kRemote) post_weights(args, shared.operation, lane, 32, [] { __syncwarp(); });
+__device__ __noinline__ void resend_weights(const CombineArgs& args, CombineShared& shared, uint32_t start) {
+    const int lane = static_cast<int>(threadIdx.x) % 32, num_weights = args.num_tokens * args.num_topk;
+    int is_first = 0;
+    if (lane == 0 && start != 0 && coarse_time() - start >= kPatience) is_first = atomicExch(&shared.has_resent, 1u) == 0;
+    if (__shfl_sync(kAllLanes, is_first, 0) == 0) return;
+    send_weights<kRemote>(args, shared.operation, 0, num_weights, lane < num_weights ? Weight::load(args, lane) : Weight{-1, 0});
 }
 
-template <class Format, bool kRemote>
-struct Sender {
-    using Row = typename Format::Row;
-    static constexpr int kVectors = Format::kColumns == 8 ? 2 : 1;  // of a lane
-    static constexpr int kRowsInFlight = 2;
-    static constexpr int kPartColumns = 32 * Format::kColumns * kVectors;
+// Rows of some tokens, side by side in a warp: 1 << choice_shift lanes for each, one for each choice.
+struct Choices {
+    int source;
+    int token;
+    int chunk;            // of the row
+    int32_t row = -1;     // of x that belongs to the choice; -1: none here
+    uint32_t weight = 0;  // bits
 
-    const CombineArgs& args;
-    CombineShared& shared;
+    // `item`: of the lane's row. Items run through the chunks first, then through the sources, so that all links are busy at once.
+    __device__ static Choices load(const CombineArgs& args, int item) {
+        const CombinePlan& plan = args.plan;
+        Choices choices;
+        const int pair = item >> plan.chunk_shift, k = static_cast<int>(threadIdx.x) & ((1 << plan.choice_shift) - 1);
+        choices.chunk = item & ((1 << plan.chunk_shift) - 1);
+        choices.token = static_cast<int>(plan.by_num_sources.quotient(static_cast<uint32_t>(pair)));
+        uint32_t turn;
+        plan.by_num_sources.quotient(static_cast<uint32_t>(pair + (choices.token >> plan.turn_shift)), &turn);
+        choices.source = args.domain.rank + 1 + static_cast<int>(turn);
+        if (choices.source >= args.domain.num_ranks) choices.source -= args.domain.num_ranks;
+        if (choices.token >= args.max_tokens || k >= args.num_topk) return choices;
+        const int64_t i = route_of(args, choices.source, choices.token) + k;
+        choices.row = args.handle[args.handle_layout.routes() + i];
+        choices.weight = static_cast<uint32_t>(args.handle[args.handle_layout.weights() + i]);
+        return choices;
+    }
+    // The lane's row among those of a share.
+    __device__ static int item_of(const CombineArgs& args, int first) {
+        return first + (static_cast<int>(threadIdx.x) % 32 >> args.plan.choice_shift) * static_cast<int>(gridDim.x);
+    }
+    __device__ static int step(const CombineArgs& args) { return static_cast<int>(gridDim.x) << (5 - args.plan.choice_shift); }
+};
 
-    __device__ const Row* row_of(int32_t row, int column) const { return reinterpret_cast<const Row*>(args.x + row * args.num_row_bytes + column * 2); }
+// A worker.
+template <bool kAtSource, class Format, bool kRemote>
+class Sender {
+public:
+    static constexpr int kVectors = Format::kColumns == 8 ? 2 : 1;  // parts that are under way together
+    static constexpr int kPartBytes = 64 * Format::kColumns;        // in x
+    static constexpr bool kSumsAlways = !kAtSource && !Format::kSendsSingleRows;
 
-    // The next rows of `rows`, or as many as there are.
-    __device__ void load_rows(Row (&v)[kRowsInFlight][kVectors], const Choice& choice, unsigned rows, int column) const {
-#pragma unroll
-        for (int r = 0; r < kRowsInFlight; ++r) {
-            const int32_t row = __shfl_sync(kAllLanes, choice.row, rows != 0 ? __ffs(static_cast<int>(rows)) - 1 : 0);
+    __device__ Sender(const CombineArgs& args, CombineShared& shared)
+        : args_(args), shared_(shared), lane_(static_cast<int>(threadIdx.x) % 32), worker_(static_cast<int>(threadIdx.x) / 32) {}
+
+    // This warp's parts of a share's rows. `choices`: the first ones.
+    __device__ void send_rows(int share, Choices choices) {
+        const int num_items = (shared_.most_tokens * args_.plan.num_sources) << args_.plan.chunk_shift, step = Choices::step(args_);
+#pragma unroll 1
+        for (int first = share; first < num_items; first += step) {
+            if (first != share) choices = Choices::load(args_, Choices::item_of(args_, first));
+            take(choices, kRemote && args_.domain.remote.has(choices.source));
+            if (!send_taken() && !args_.domain.enable_shrink) return;
+        }
+    }
+
+    // For a rank outside the NVLink domain: this warp's parts of the row that `choices` names in its first lanes. `sent`: the choices whose rows have
+    // been stored. False: the weights did not come.
+    __device__ bool send_remote(const Choices& choices, unsigned* sent) {
+        take(choices, false);
+        *sent = kAtSource ? raw_ : raw_ | summed_;
+        return send_taken();
+    }
+
+private:
+    // Which rows there are.
+    __device__ void take(const Choices& choices, bool is_left_out) {
+        choices_ = choices;
+        const bool is_known = choices.token < shared_.num_tokens[choices.source] && is_expert_row(args_, choices.row);
+        if (!is_known || is_left_out) choices_.row = -1;
+        const bool has_row = choices_.row >= 0;
+        const unsigned all = __ballot_sync(kAllLanes, has_row);
+        if constexpr (kAtSource) {
+            // Choices of one expert share a row.
+            raw_ = all & __ballot_sync(kAllLanes, __ffs(static_cast<int>(__match_any_sync(kAllLanes, choices_.row))) - 1 == lane_);
+            summed_ = 0;
+        } else {
+            const int width = 1 << args_.plan.choice_shift, first = lane_ & -width;
+            mine_ = all & (kAllLanes >> (32 - width) << first);
+            const bool leads = has_row && __ffs(static_cast<int>(mine_)) - 1 == lane_, is_single = (mine_ & (mine_ - 1)) == 0;
+            raw_ = kSumsAlways ? 0 : __ballot_sync(kAllLanes, leads && is_single);
+            summed_ = __ballot_sync(kAllLanes, leads && (kSumsAlways || !is_single));
+            is_missing_ = has_row && shared_.has_weights == 0 && (kSumsAlways || !is_single);
+        }
+    }
+    // Rows that need no weights go first. False: the weights of some others did not come.
+    __device__ bool send_taken() {
+#pragma unroll 1
+        for (unsigned left = raw_; left != 0; left &= left - 1) send_raw(__ffs(static_cast<int>(left)) - 1);
+        DEEPEP_STAMP(5, threadIdx.x == 0 && raw_ != 0);
+        bool is_good = true;
+        uint32_t start = 0;
+#pragma unroll 1
+        for (unsigned left = summed_; left != 0;) {
+            const int l = __ffs(static_cast<int>(left)) - 1;
+            if (!send_sum(l)) {
+                if (goes_on(__shfl_sync(kAllLanes, choices_.source, l), &start)) continue;
+                is_good = false;
+                if (!args_.domain.enable_shrink) break;
+            }
+            DEEPEP_STAMP(10, threadIdx.x == 0 && left == summed_);
+            left &= left - 1;
+            start = 0;
+        }
+        return is_good;
+    }
+
+    // The row of lane `l`, and this lane's first columns there.
+    struct Target {
+        uint8_t* slot;
+        int part;
+        int end;
+
+        __device__ uint8_t* place(int j) const { return slot + static_cast<uint32_t>(part + j * kWorkerWarps) * Format::kPartBytes; }
+        __device__ uint32_t begin() const { return static_cast<uint32_t>(part * kPartBytes) + threadIdx.x % 32 * (2 * Format::kColumns); }
+        __device__ unsigned inside(const CombineArgs& args) const {
+            unsigned inside = 0;
 #pragma unroll
             for (int j = 0; j < kVectors; ++j)
-                if (rows != 0 && column + 32 * Format::kColumns * j < args.hidden) v[r][j] = Format::load_row(row_of(row, column + 32 * Format::kColumns * j));
-            rows &= rows - 1;
+                if (part + j * kWorkerWarps < end && begin() + j * (kWorkerWarps * kPartBytes) < static_cast<uint32_t>(2 * args.hidden)) inside |= 1u << j;
+            return inside;
         }
+    };
+    __device__ Target target_of(int l) const {
+        const int source = __shfl_sync(kAllLanes, choices_.source, l), token = __shfl_sync(kAllLanes, choices_.token, l);
+        const int first = __shfl_sync(kAllLanes, choices_.chunk, l) * args_.plan.num_chunk_parts, k = l & ((1 << args_.plan.choice_shift) - 1);
+        return {shared_.operation.outgoing[source] + slot_offset<kAtSource>(args_, token, k), first + worker_,
+                min(first + args_.plan.num_chunk_parts, args_.plan.num_parts)};
     }
 
-    // This rank's sum for one part of a token's row. False: the weights did not come.
-    __device__ bool send_sum(const SendItem& item, Choice& choice, unsigned rows, uint8_t* slot) const {
-        const int column = item.part * kPartColumns + static_cast<int>(threadIdx.x) % 32 * Format::kColumns;
-        Row v[kRowsInFlight][kVectors] = {};
-        load_rows(v, choice, rows, column);  // under way before anything is waited for
-        if (shared.has_weights == 0) {
-            uint32_t start = 0;
-            while (!poll_weights(args, shared, item, choice)) {
-                const Verdict verdict = judge_as_warp(args.domain, shared.operation, kCombine, item.source, &start);
-                if (verdict == Verdict::kReport && threadIdx.x % 32 == 0)
-                    fail(args.domain, shared.operation, kCombine, Phase::kWeights, item.source, 0, shared.operation.sequences[item.source], start);
-                if (verdict != Verdict::kGoOn) return false;
-                if (is_first_to_resend(shared, start)) send_all_weights<kRemote>(args, shared);
-                load_rows(v, choice, rows, column);
-            }
-        }
-        Sum<Format::kColumns> sums[kVectors];
-#pragma unroll
-        for (auto& sum : sums) sum = Sum<Format::kColumns>::zero();
-        while (true) {
-#pragma unroll
-            for (int r = 0; r < kRowsInFlight; ++r) {
-                if (rows == 0) break;
-                const float weight = __uint_as_float(__shfl_sync(kAllLanes, choice.weight, __ffs(static_cast<int>(rows)) - 1));
-                rows &= rows - 1;
-#pragma unroll
-                for (int j = 0; j < kVectors; ++j) {
-                    float columns[Format::kColumns];
-                    Format::columns(v[r][j], columns);
-                    sums[j].add_product(weight, columns);
-                }
-            }
-            if (rows == 0) break;
-            load_rows(v, choice, rows, column);
-        }
-        uint8_t* target = slot + slot_offset<false>(args, item.token, 0) + item.part * (kVectors * Format::kPartBytes);
-#pragma unroll
-        for (int j = 0; j < kVectors; ++j)
-            if (column + 32 * Format::kColumns * j < args.hidden) Format::store(target + j * Format::kPartBytes, Format::encode(Format::rounded(sums[j])));
-        return true;
-    }
-
-    // The same part of each row as it is.
-    __device__ void send_raw(const SendItem& item, const Choice& choice, unsigned rows, uint8_t* slot) const {
-        const int column = item.part * kPartColumns + static_cast<int>(threadIdx.x) % 32 * Format::kColumns;
+    __device__ void send_raw(int l) const {
+        const uint8_t* row = expert_row(args_, __shfl_sync(kAllLanes, choices_.row, l));
+        using Row = typename Format::Row;
 #pragma unroll 1
-        for (; rows != 0; rows &= rows - 1) {
-            const int k = __ffs(static_cast<int>(rows)) - 1;
-            const int32_t row = __shfl_sync(kAllLanes, choice.row, k);
-            uint8_t* target = slot + slot_offset<true>(args, item.token, k) + item.part * (kVectors * Format::kPartBytes);
+        for (Target target = target_of(l); target.part < target.end; target.part += kVectors * kWorkerWarps) {
+            const unsigned inside = target.inside(args_);
             Row v[kVectors] = {};
 #pragma unroll
             for (int j = 0; j < kVectors; ++j)
-                if (column + 32 * Format::kColumns * j < args.hidden) v[j] = Format::load_row(row_of(row, column + 32 * Format::kColumns * j));
+                if ((inside >> j & 1) != 0) v[j] = Format::load_row(reinterpret_cast<const Row*>(row + target.begin() + j * (kWorkerWarps * kPartBytes)));
 #pragma unroll
             for (int j = 0; j < kVectors; ++j)
-                if (column + 32 * Format::kColumns * j < args.hidden) Format::store(target + j * Format::kPartBytes, Format::encode(v[j]));
+                if ((inside >> j & 1) != 0) Format::store(target.place(j), Format::encode(v[j]));
         }
     }
-};
 
-// Sends an item if it has rows here. By a warp. `sent`: the choices whose rows have been stored. False: the weights did not come.
-template <bool kAtSource, class Format, bool kRemote>
-__device__ __forceinline__ bool send_item(const Sender<Format, kRemote>& sender, const SendItem& item, Choice& choice, unsigned* sent) {
-    const CombineArgs& args = sender.args;
-    const Domain& domain = args.domain;
-    const Operation& operation = sender.shared.operation;
-    *sent = 0;
-    if (item.token >= sender.shared.num_tokens[item.source]) return true;
-    if (choice.row >= args.num_local_experts * domain.num_ranks * args.max_tokens) choice.row = -1;
-    unsigned rows = __ballot_sync(kAllLanes, choice.row >= 0);
-    if (rows == 0) return true;
-    uint8_t* slot = outgoing_rows<kRemote>(domain, operation, kCombine, item.source);
-    if constexpr (kAtSource) {
-        // Choices of one expert share a row.
-        const unsigned same = __match_any_sync(kAllLanes, choice.row);
-        rows &= __ballot_sync(kAllLanes, __ffs(static_cast<int>(same)) - 1 == static_cast<int>(threadIdx.x) % 32);
-        sender.send_raw(item, choice, rows, slot);
-    } else if (!sender.send_sum(item, choice, rows, slot)) {
+    // False: nothing has been sent, weights have not come yet.
+    __device__ bool send_sum(int l) {
+        const unsigned rows = __shfl_sync(kAllLanes, mine_, l);
+#pragma unroll 1
+        for (Target target = target_of(l); target.part < target.end; target.part += kVectors * kWorkerWarps) {
+            const unsigned inside = target.inside(args_);
+            WeightedSum<Format, kVectors, kWorkerWarps * kPartBytes> sum;
+#pragma unroll 1
+            for (unsigned left = rows; left != 0;) {
+                bool is_ready;  // asked when the rows are under way
+                left = sum.add(args_, left, choices_.row, choices_.weight, target.begin(), inside, [&] { return is_ready = poll_weights(rows); });
+                if (!is_ready) return false;
+            }
+#pragma unroll
+            for (int j = 0; j < kVectors; ++j)
+                if ((inside >> j & 1) != 0) Format::store(target.place(j), Format::encode(sum.rounded(j)));
+        }
+        return true;
+    }
+
+    // Looks for weights, for a while. True: those of `rows` have come.
+    __device__ bool poll_weights(unsigned rows) {
+        if ((__ballot_sync(kAllLanes, is_missing_) & rows) == 0) return true;
+        const uint32_t sequence = shared_.operation.sequences[choices_.source];
+        const uint64_t* word = incoming_weights(args_.domain, shared_.operation, kCombine, choices_.source) + choices_.token * args_.num_topk +
+                               (lane_ & ((1 << args_.plan.choice_shift) - 1));
+#pragma unroll 1
+        for (int poll = 0; poll < kPollsPerCheck; ++poll) {
+            if (is_missing_) {
+                const uint64_t seen = ptx::load_relaxed_sys(word);
+                is_missing_ = signal_epoch(seen) != sequence;
+                choices_.weight = signal_value(seen);
+            }
+            if ((__ballot_sync(kAllLanes, is_missing_) & rows) == 0) return true;
+        }
         return false;
     }
-    *sent = rows;
-    return true;
-}
+    // Whether there is still hope. By a warp that holds nothing in its registers just then.
+    __device__ bool goes_on(int source, uint32_t* start) {
+        const Verdict verdict = judge_as_warp(args_.domain, shared_.operation, kCombine, source, start);
+        if (verdict == Verdict::kReport && lane_ == 0)
+            fail(args_.domain, shared_.operation, kCombine, Phase::kWeights, source, 0, shared_.operation.sequences[source], *start);
+        if (verdict != Verdict::kGoOn) return false;
+        resend_weights<kRemote>(args_, shared_, *start);
+        return true;
+    }
 
-// Rows for ranks outside the NVLink domain: the warps of a block share a row in the outbox, then it goes as one work request. By all threads.
+    const CombineArgs& args_;
+    CombineShared& shared_;
+    int lane_;
+    int worker_;
+    Choices choices_;
+    unsigned mine_ = 0;        // lanes with a row of this lane's token
+    unsigned raw_ = 0;         // lanes whose row goes as it is
+    unsigned summed_ = 0;      // one lane of each token whose rows are added up
+    bool is_missing_ = false;  // this lane's weight has not come
+};
+
+// Rows for ranks outside the NVLink domain: the workers share a row in the outbox, then it goes as one work request.
 template <bool kAtSource, class Format>
-__device__ __forceinline__ void post_rows(const CombineArgs& args, CombineShared& shared, int share, int num_parts) {
+__device__ __noinline__ void post_rows(const CombineArgs& args, CombineShared& shared, int share) {
     const Domain& domain = args.domain;
-    const Sender<Format, true> sender{args, shared};
-    const int warp = static_cast<int>(threadIdx.x) / 32;
+    Sender<kAtSource, Format, true> sender(args, shared);
+    const int num_items = (shared.most_tokens * args.plan.num_sources) << args.plan.chunk_shift;
+    const int lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll 1
-    for (int i = share; i < shared.most_tokens * domain.num_ranks; i += static_cast<int>(gridDim.x)) {
-        SendItem item{(i + domain.rank + 1) % domain.num_ranks, i / domain.num_ranks, 0};
-        if (!domain.remote.has(item.source) || item.token >= shared.num_tokens[item.source]) continue;
-        unsigned rows = 0;
-        bool is_good = true;
+    for (int i = share; i < num_items; i += static_cast<int>(gridDim.x)) {
+        // One row at a time, so that the lanes of all others have none.
+        Choices choices = Choices::load(args, i);
+        if (lane >> args.plan.choice_shift != 0) choices.row = -1;
+        if (!domain.remote.has(choices.source) || choices.token >= shared.num_tokens[choices.source]) continue;
+        unsigned sent = 0;
+        const bool is_good = sender.send_remote(choices, &sent);
+        if (ptx::named_barrier_or(kWorkers, kNumWorkers, !is_good) || threadIdx.x != 0) continue;
+        // The bytes of the chunk.
+        const uint32_t begin = static_cast<uint32_t>(choices.chunk * args.plan.num_chunk_parts) * Format::kPartBytes;
+        const uint32_t end = min(begin + static_cast<uint32_t>(args.plan.num_chunk_parts) * Format::kPartBytes, static_cast<uint32_t>(args.row.num_bytes));
+        const uint8_t* slots = shared.operation.outgoing[choices.source];
 #pragma unroll 1
-        for (item.part = warp; item.part < num_parts && is_good; item.part += kNumWarps) {
-            Choice choice = Choice::load(args, item);
-            is_good = send_item<kAtSource>(sender, item, choice, &rows);
-        }
-        if (__syncthreads_or(!is_good)) continue;
-        if (threadIdx.x != 0) continue;  // warp 0 has had a part of every row
-        uint8_t* slot = outgoing_rows<true>(domain, shared.operation, kCombine, item.source);
-#pragma unroll 1
-        for (unsigned left = kAtSource ? rows : rows != 0; left != 0; left &= left - 1)
-            post_outgoing(domain, shared.operation, kCombine, item.source, slot + slot_offset<kAtSource>(args, item.token, __ffs(static_cast<int>(left)) - 1),
-                          static_cast<uint32_t>(args.row.num_bytes));
+        for (unsigned left = kAtSource ? sent : sent != 0; left != 0 && begin < end; left &= left - 1)
+            post_outgoing(domain, shared.operation, kCombine, choices.source, slots + slot_offset<kAtSource>(args, choices.token, __ffs(static_cast<int>(left)) - 1) + begin,
+                          end - begin);
     }
 }
 
-// A share: every num_blocks-th item of each warp, and some of the weights. By all threads. `begins`: nothing has been read of this operation yet.
-// kAtSource: the source adds up. Returns what next_share wants to know.
+// By all senders: this block's share, then those that nobody has taken up.
 template <bool kAtSource, class Format, bool kRemote>
-__device__ __forceinline__ uint32_t send_share(const CombineArgs& args, CombineShared& shared, int share, bool begins) {
+__device__ __forceinline__ void send_shares(const CombineArgs& args, CombineShared& shared) {
     const Domain& domain = args.domain;
-    const Operation& operation = shared.operation;
-    const int thread = static_cast<int>(threadIdx.x), warp = thread / 32, num_shares = static_cast<int>(gridDim.x);
-    const int num_parts = static_cast<int>(ceil_div(args.hidden, Sender<Format, kRemote>::kPartColumns));
-    int i = warp * num_shares + share;
-    Choice next = Choice::load(args, SendItem::of(args, i, num_parts));
-    const int num_weights = args.num_tokens * args.num_topk, weight_step = num_shares * kNumThreads;
-    Weight weight = Weight::load(args, kAtSource ? num_weights : share + thread * num_shares);
-    if (begins) {
-        Control<kRemote> control(domain, kCombine, shared.operation);
-        if (warp == kControlWarp) {
-            const HandleLane handle = HandleLane::load(args);
-            control.begin_send(args.ticket);
-            DEEPEP_STAMP(1, thread % 32 == 0);
-            handle.note(args, shared);
-            DEEPEP_STAMP(2, thread % 32 == 0);
+    const bool receives = (args.phases & kReceive) != 0;
+    const int lane = static_cast<int>(threadIdx.x) % 32;
+    Control<kRemote> control(domain, kCombine, shared.operation);
+    bool begins = true;
+#pragma unroll 1
+    for (int share = static_cast<int>(blockIdx.x); share >= 0; share = next_share(domain, kCombine, shared.operation)) {
+        if (is_control_warp()) {
+            const int num_weights = args.num_tokens * args.num_topk, begin = min(share * args.plan.num_share_weights, num_weights);
+            const int end = min(begin + args.plan.num_share_weights, num_weights);
+            Weight weight{-1, 0};
+            if (!kAtSource && begin + lane < end) weight = Weight::load(args, begin + lane);
+            if (begins) {
+                const HandleLane handle = HandleLane::load(args);
+                control.begin_send(args.ticket);
+                DEEPEP_STAMP(1, lane == 0);
+                handle.note(args, shared);
+                DEEPEP_STAMP(2, lane == 0);
+                if (receives) tell_receivers();
+            }
+            send_barrier();
+            if constexpr (!kAtSource) {
+                const bool is_mine = !begins || shared.operation.is_claimed != 0;
+                if (is_mine && shared.has_weights == 0) send_weights<kRemote>(args, shared.operation, begin, end, weight);
+            }
+            DEEPEP_STAMP(4, lane == 0);
+            if (begins) control.settle(receives);
+        } else {
+            const Choices choices = Choices::load(args, Choices::item_of(args, share));
+            send_barrier();
+            DEEPEP_STAMP(3, threadIdx.x == 0);
+            if (!begins || shared.operation.is_claimed != 0) {
+                Sender<kAtSource, Format, kRemote>(args, shared).send_rows(share, choices);
+                if constexpr (kRemote) post_rows<kAtSource, Format>(args, shared, share);
+            }
+            DEEPEP_STAMP(6, threadIdx.x == 0);
         }
-        __syncthreads();
-        DEEPEP_STAMP(3, thread == 0);
-        if (warp == kControlWarp) control.settle();
-        if (!operation.is_claimed) return load_claim(domain, kCombine);
+        begins = false;
     }
-    const uint32_t claim = load_claim(domain, kCombine);
-    if (!kAtSource && shared.has_weights == 0) {
-#pragma unroll 1
-        for (; weight.i < num_weights; weight = Weight::load(args, weight.i + weight_step)) weight.send<kRemote>(args, operation);
-        if (kRemote && share == 0) post_weights(args, operation, thread, kNumThreads, [] { __syncthreads(); });
-    }
-    DEEPEP_STAMP(4, thread == 0);
-    if constexpr (kRemote) post_rows<kAtSource, Format>(args, shared, share, num_parts);
-    const Sender<Format, kRemote> sender{args, shared};
-    const int num_items = shared.most_tokens * num_parts * domain.num_ranks;
-#pragma unroll 1
-    while (i < num_items) {
-        const SendItem item = SendItem::of(args, i, num_parts);
-        Choice choice = next;
-        i += num_shares * kNumWarps;
-        next = Choice::load(args, SendItem::of(args, i, num_parts));
-        if (is_remote<kRemote>(domain, item.source)) continue;
-        unsigned sent;
-        if (!send_item<kAtSource>(sender, item, choice, &sent) && !domain.enable_shrink) break;
-        DEEPEP_STAMP(5, thread == 0 && i < 2 * num_shares * kNumWarps);
-    }
-    DEEPEP_STAMP(6, thread == 0);
-    return claim;
 }
 
 }  // namespace deepep::ibgda

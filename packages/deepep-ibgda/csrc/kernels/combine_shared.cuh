@@ -43,8 +43,66 @@ struct HandleLane {
 
 // Where a row lies in a box: one row for each token (ll_reduce = "rank"), or one for each choice.
 template <bool kAtSource>
-__device__ __forceinline__ int64_t slot_offset(const CombineArgs& args, int token, int choice) {
-    return (kAtSource ? static_cast<int64_t>(token) * args.num_topk + choice : token) * args.row.stride();
+__device__ __forceinline__ uint64_t slot_offset(const CombineArgs& args, int token, int choice) {
+    return row_offset(kAtSource ? token * args.num_topk + choice : token, args.plan.slot_stride);
 }
+
+// Where the handle's tables speak of a token's first choice.
+__device__ __forceinline__ int64_t route_of(const CombineArgs& args, int source, int token) {
+    return static_cast<int64_t>(source * args.max_tokens + token) * args.num_topk;
+}
+
+__device__ __forceinline__ bool is_expert_row(const CombineArgs& args, int32_t row) {
+    return static_cast<uint32_t>(row) < static_cast<uint32_t>(args.plan.num_expert_rows);
+}
+__device__ __forceinline__ const uint8_t* expert_row(const CombineArgs& args, int32_t row) { return args.x + row * args.num_row_bytes; }
+
+// Parts of a token's rows at this rank, added up with the weights in the order of the choices. A lane has kVectors times Format::kColumns columns,
+// kStep bytes of x apart. `rows`: the lanes that hold a row (in `row`) and its weight.
+template <class Format, int kVectors, int kStep>
+class WeightedSum {
+public:
+    static constexpr int kRowsInFlight = 2;
+    using Row = typename Format::Row;
+
+    __device__ WeightedSum() {
+#pragma unroll
+        for (auto& sum : sums_) sum = Sum<Format::kColumns>::zero();
+    }
+    // Loads the next rows, and adds them up if then their weights are there (`is_ready`). `begin`: of the lane's first columns in a row, bytes.
+    // `inside`: bit j: the row has the j-th columns. Returns the rows that are left.
+    template <class IsReady>
+    __device__ unsigned add(const CombineArgs& args, unsigned rows, int32_t row, const uint32_t& weight, uint32_t begin, unsigned inside, const IsReady& is_ready) {
+        Row v[kRowsInFlight][kVectors];
+        unsigned rest = rows;
+#pragma unroll
+        for (int r = 0; r < kRowsInFlight; ++r) {
+            if (rest == 0) break;
+            const uint8_t* columns = expert_row(args, __shfl_sync(kAllLanes, row, __ffs(static_cast<int>(rest)) - 1)) + begin;
+#pragma unroll
+            for (int j = 0; j < kVectors; ++j)
+                if ((inside >> j & 1) != 0) v[r][j] = Format::load_row(reinterpret_cast<const Row*>(columns + j * kStep));
+            rest &= rest - 1;
+        }
+        if (!is_ready()) return rows;
+#pragma unroll
+        for (int r = 0; r < kRowsInFlight; ++r) {
+            if (rows == 0) break;
+            const float factor = __uint_as_float(__shfl_sync(kAllLanes, weight, __ffs(static_cast<int>(rows)) - 1));
+            rows &= rows - 1;
+#pragma unroll
+            for (int j = 0; j < kVectors; ++j) {
+                float columns[Format::kColumns];
+                Format::columns(v[r][j], columns);
+                sums_[j].add_product(factor, columns);
+            }
+        }
+        return rows;
+    }
+    __device__ Row rounded(int j) const { return Format::rounded(sums_[j]); }
+
+private:
+    Sum<Format::kColumns> sums_[kVectors];
+};
 
 }  // namespace deepep::ibgda

@@ -1,7 +1,7 @@
 // Low-latency dispatch: every token's row goes once to each rank that holds one of its experts, and is stored there to every such expert's rows.
 //
 // Sending    a block takes a token, casts it in registers and stores it into a slot of each destination's window; the routing table is
-//            scanned meanwhile for the row's places.
+//            counted meanwhile for the row's places.
 // Receiving  groups of warps poll the slots. Slots hold nothing but ones until data comes, so every word tells by itself that it has come;
 //            no flag follows the data, and no store waits for another.
 // Before: nothing has to have happened but what the credits say. Hook mode launches the kernel once for each half.
@@ -11,28 +11,52 @@
 namespace deepep::ibgda {
 namespace {
 
+constexpr int kAllThreads = 0, kCounted = 15;  // barriers of the whole block: before the operation, and once the index has been read
+
 template <bool kFp8, bool kRemote>
 __global__ void __launch_bounds__(kNumThreads, 2) low_latency_dispatch_kernel(const __grid_constant__ DispatchArgs args) {
-    extern __shared__ __align__(16) int32_t dynamic[];
+    extern __shared__ __align__(16) uint32_t dynamic[];
     __shared__ DispatchShared shared;
+    uint32_t* named = dynamic;
+    int32_t* index_words = reinterpret_cast<int32_t*>(dynamic + args.num_experts);
+    const bool sends = (args.phases & kSend) != 0, receives = (args.phases & kReceive) != 0;
+#pragma unroll 1
+    for (int i = static_cast<int>(threadIdx.x); i < args.num_experts; i += kNumThreads) named[i] = 0;
+    begin_kernel(args);
+    ptx::named_barrier(kAllThreads, kNumThreads);
     DEEPEP_STAMP(0, threadIdx.x == 0);
-    if ((args.phases & kSend) != 0) {
-        bool begins = true;
-        for (int share = static_cast<int>(blockIdx.x); share >= 0; begins = false) {
-            const uint32_t claim = send_share<kFp8, kRemote>(args, shared, dynamic, share, begins);
-            share = next_share(args.domain, kDispatch, shared.operation, claim);
+    const bool is_last_block = blockIdx.x == gridDim.x - 1;
+    if (is_receiver()) {
+        if (!receives) return;
+        wait_begun();
+        const bool is_good = read_index(args, shared, index_words);
+        DEEPEP_STAMP(8, receive_thread() == 0);
+        if (is_last_block) {
+            if (receive_thread() == 0) shared.is_indexed = is_good;
+            ptx::named_barrier_arrive(kCounted, kNumThreads);
         }
-    } else if (static_cast<int>(threadIdx.x) / 32 == kControlWarp) {
+        if (is_good) receive_rows<kFp8>(args, shared, index_words);
+        DEEPEP_STAMP(11, receive_thread() == 0);
+        if (is_good && args.wait_stats != nullptr) add_wait_stats(args.domain, kDispatch, shared.operation, args.wait_stats);
+        return;
+    }
+    if (sends) {
+        int share = static_cast<int>(blockIdx.x);
+#pragma unroll 1
+        for (bool begins = true; share >= 0; begins = false) {
+            send_share<kFp8, kRemote>(args, shared, named, share, begins);
+            share = next_share(args.domain, kDispatch, shared.operation);
+        }
+        DEEPEP_STAMP(7, threadIdx.x == 0);
+    } else if (is_control_warp()) {
         Control<kRemote> control(args.domain, kDispatch, shared.operation);
         control.begin_receive(reinterpret_cast<const uint32_t*>(args.handle + args.handle_layout.ticket()));
-        control.settle();
+        tell_receivers();
+        control.settle(true);
     }
-    if ((args.phases & kReceive) == 0) return;
-    DEEPEP_STAMP(7, threadIdx.x == 0);
-    __syncthreads();
-    receive_rows<kFp8>(args, shared, dynamic);
-    DEEPEP_STAMP(11, threadIdx.x == 0);
-    if (args.wait_stats != nullptr) add_wait_stats(args.domain, kDispatch, shared.operation, args.wait_stats);
+    if (!receives || !is_last_block) return;
+    ptx::named_barrier(kCounted, kNumThreads);
+    if (shared.is_indexed) store_counts(args, shared, index_words);
 }
 
 using Kernel = void (*)(DispatchArgs);
@@ -43,19 +67,39 @@ Kernel kernel_of(bool use_fp8, bool has_remote) {
     return use_fp8 ? low_latency_dispatch_kernel<true, false> : low_latency_dispatch_kernel<false, false>;
 }
 
-}  // namespace
-
-cudaError_t launch_dispatch(const DispatchArgs& args, int num_blocks, cudaStream_t stream) {
-    const int num_dynamic_bytes = num_dynamic_words(args.num_experts) * static_cast<int>(sizeof(int32_t));
-    kernel_of(args.use_fp8, args.domain.remote.any())<<<num_blocks, kNumThreads, num_dynamic_bytes, stream>>>(args);
-    return cudaGetLastError();
+// Tokens are cut into parts where there are more blocks than tokens, and where a row is longer than the workers of a block hold. Otherwise, where
+// all of a row has one cast, or goes as one work request, it stays whole.
+DispatchPlan plan_of(const DispatchArgs& args, int num_blocks) {
+    constexpr int kMostPartsLog2 = 3;
+    DispatchPlan plan = {};
+    plan.num_segments = static_cast<int>(ceil_div(args.hidden, kSegmentColumns));
+    if (args.use_fp8 && !args.domain.remote.any())
+        while (plan.parts_log2 < kMostPartsLog2 && args.num_tokens << (plan.parts_log2 + 1) <= num_blocks) ++plan.parts_log2;
+    while (kMostPartSegments << plan.parts_log2 < plan.num_segments) ++plan.parts_log2;
+    plan.num_units = args.num_tokens << plan.parts_log2;
+    plan.num_part_segments = static_cast<int>(ceil_div(plan.num_segments, 1 << plan.parts_log2));
+    plan.num_share_experts = static_cast<int>(ceil_div(args.num_experts, num_blocks));
+    plan.by_local_experts = Divisor::of(static_cast<uint32_t>(args.num_local_experts));
+    plan.by_ranks = Divisor::of(static_cast<uint32_t>(args.domain.num_ranks));
+    plan.by_index_words = Divisor::of(static_cast<uint32_t>(kIndexCounts + args.num_local_experts));
+    return plan;
 }
 
-cudaError_t prepare_dispatch() {
-    constexpr int kMaxDynamicBytes = num_dynamic_words(kMaxExperts) * static_cast<int>(sizeof(int32_t));
+}  // namespace
+
+cudaError_t launch_dispatch(DispatchArgs args, int num_blocks, cudaStream_t stream) {
+    args.plan = plan_of(args, num_blocks);
+    const int num_dynamic_bytes = num_dynamic_words(args.num_experts, args.domain.num_ranks) * static_cast<int>(sizeof(uint32_t));
+    return launch(kernel_of(args.use_fp8, args.domain.remote.any()), args, num_blocks, num_dynamic_bytes, stream);
+}
+
+cudaError_t prepare_dispatch(bool* is_programmatic) {
+    constexpr int kMaxDynamicBytes = num_dynamic_words(kMaxExperts, kMaxWindowRanks) * static_cast<int>(sizeof(uint32_t));
     for (const bool use_fp8 : {false, true})
         for (const bool has_remote : {false, true}) {
-            const cudaError_t status = cudaFuncSetAttribute(kernel_of(use_fp8, has_remote), cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxDynamicBytes);
+            const Kernel kernel = kernel_of(use_fp8, has_remote);
+            cudaError_t status = prepare(kernel, is_programmatic);
+            if (status == cudaSuccess) status = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxDynamicBytes);
             if (status != cudaSuccess) return status;
         }
     return cudaSuccess;

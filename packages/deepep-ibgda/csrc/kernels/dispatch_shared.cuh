@@ -5,34 +5,37 @@
 
 namespace deepep::ibgda {
 
-constexpr int kTableEntries = 4096;  // of the routing table, kept in shared memory when it has no more
+constexpr int kMaxHeaderWords = 68;  // filled up to 16 bytes
+static_assert(2 + 2 * kMaxTopk <= kMaxHeaderWords && kMaxHeaderWords % 4 == 0, "a header with weights fits");
+constexpr int32_t kEveryRank = -2;
 
 // A token as its senders need it. Prepared by the control warp.
 struct alignas(16) Token {
-    int32_t experts[kMaxTopk];   // global, -1 for none; filled up with -1
-    int32_t dst_ranks[kMaxTopk];  // of each choice; -1 where nothing is sent
-    int32_t first_of[kMaxTopk];   // the first choice of the same expert
-    uint32_t weights[kMaxTopk];   // bits
-    int32_t num_destinations;
+    uint32_t words[kMaxHeaderWords];  // of the header
+    int32_t ranks[kMaxHeaderWords];   // whom each of them concerns; others get kNoChoice instead
+    uint8_t* slots[kMaxTopk];         // where the message goes
     int32_t destinations[kMaxTopk];
-    uint8_t* slots[kMaxTopk];  // where the message goes
+    uint32_t is_destination[kMaxWindowRanks / 32];  // bits
+    int32_t num_destinations;
 };
-
-constexpr int kNumPositionBuffers = 3;
 
 struct alignas(16) DispatchShared {
     Operation operation;
     Token tokens[2];  // this one, and the next
-    int32_t positions[kNumPositionBuffers][kMaxTopk];
-    uint32_t scales[2][kMaxHidden / 128];
-    alignas(16) int32_t table[kTableEntries];
-    uint32_t found;                     // escape values that occur in the row
-    int32_t num_tokens[kMaxWindowRanks];  // of every source; -1: left out or lost
-    uint32_t is_lost[kMaxWindowRanks];
+    alignas(16) uint32_t scales[2][kMaxHidden / 128];
+    uint32_t found;  // escape values that occur in the row
+    uint32_t escape;
+    uint32_t is_indexed;  // the index of every source has been read, and is good
+    uint32_t is_lost[kMaxWindowRanks];  // with enable_shrink: sources that are left out
 };
 
-// Dynamic shared memory, int32: sending, counts of a share's experts [E]; receiving, counts [N, L] and first rows [N, L] of every source's
-// rows at each local expert.
-constexpr int num_dynamic_words(int num_experts) { return 2 * num_experts; }
+// In dynamic shared memory. Sending: how many tokens name each expert [E]; all of this rank in the upper half of a word, those below the
+// block's token in the lower half. Receiving: the index words of every source [N, 2 + L].
+static_assert(kMaxTokens < 1 << 16, "two counts of tokens to a word");
+struct DispatchCounts {
+    uint32_t* named;
+    int32_t* index;
+};
+constexpr int num_dynamic_words(int num_experts, int num_ranks) { return 2 * num_experts + kIndexCounts * num_ranks; }
 
 }  // namespace deepep::ibgda

@@ -9,10 +9,38 @@
 
 namespace deepep::ibgda {
 
-constexpr int kNumThreads = 512;
-constexpr int kNumWarps = kNumThreads / 32;
+// A block's warps: those that send, then those that receive.
+constexpr int kSendWarps = 8, kReceiveWarps = 8;
+constexpr int kNumWarps = kSendWarps + kReceiveWarps;
+constexpr int kNumSendThreads = 32 * kSendWarps, kNumReceiveThreads = 32 * kReceiveWarps;
+constexpr int kNumThreads = kNumSendThreads + kNumReceiveThreads;
 
 enum OperationPhase : int { kSend = 1, kReceive = 2 };
+
+// Divides by a number that the host knows.
+struct Divisor {
+    uint32_t divisor;
+    uint32_t inverse;  // 2^32 / divisor, rounded down
+
+    static Divisor of(uint32_t divisor) { return {divisor, static_cast<uint32_t>(min_of((1ll << 32) / divisor, 0xffffffffll))}; }
+
+#if defined(__CUDACC__)
+    // Exact: without the correction the quotient is at most one too small.
+    __device__ uint32_t quotient(uint32_t n, uint32_t* rest) const {
+        uint32_t q = __umulhi(n, inverse);
+        *rest = n - q * divisor;
+        if (*rest >= divisor) {
+            *rest -= divisor;
+            ++q;
+        }
+        return q;
+    }
+    __device__ uint32_t quotient(uint32_t n) const {
+        uint32_t rest;
+        return quotient(n, &rest);
+    }
+#endif
+};
 
 // One rank's view of the group; the same for every kernel.
 struct Domain {
@@ -20,6 +48,8 @@ struct Domain {
     int num_ranks;
     bool reduces_at_source;  // ll_reduce = "expert"
     bool enable_shrink;
+    bool is_programmatic;  // kernels wait for the kernels before them themselves
+    bool triggers_early;   // so the next one may take up its blocks as soon as this one's have begun
     uint8_t* own;  // this rank's arena
     WindowOffsets window;
     HostControl* host;  // pinned, this rank's
@@ -85,6 +115,16 @@ struct IndexArray {
 #endif
 };
 
+// How the work of a dispatch is cut up. By launch_dispatch.
+struct DispatchPlan {
+    int parts_log2;         // tokens are sent in so many parts, by as many blocks
+    int num_units;          // parts of all tokens
+    int num_part_segments;  // of a row
+    int num_segments;
+    int num_share_experts;  // whose counts a block sends
+    Divisor by_local_experts, by_ranks, by_index_words;
+};
+
 struct DispatchArgs {
     Domain domain;
     int phases;
@@ -104,7 +144,7 @@ struct DispatchArgs {
     bool use_ue8m0;
     bool has_weights;
     uint32_t checksum;  // of these numbers
-    RowMessage message;
+    RowOffsets message;
     // what this rank receives
     uint8_t* recv_x;        // [L, M, payload bytes], or null
     uint32_t* recv_scales;  // [L, scale words, M]
@@ -114,6 +154,26 @@ struct DispatchArgs {
     HandleOffsets handle_layout;
     int32_t* cumulative_stats;  // [L], or null
     int64_t* wait_stats;        // [N], or null
+    DispatchPlan plan;
+};
+
+// What follows from the shape and the number of blocks; worked out by the host.
+struct CombinePlan {
+    // A row is cut into parts, which one warp takes at once (32 lanes, some columns each); the last one may be shorter.
+    int num_parts;
+    Divisor by_num_parts;
+    Divisor by_num_local_experts;
+    int num_expert_rows;    // of x
+    uint32_t slot_stride;   // bytes from row to row in a box
+    // sending
+    bool adds_own;          // rows of the own rank stay out of this: the receiving warps add them up from x themselves
+    int num_sources;        // ranks that get rows from here
+    Divisor by_num_sources;
+    int turn_shift;         // every 1 << turn_shift tokens the order of sources moves on by one, so that each share has rows for all
+    int chunk_shift;        // a share takes a 1 << chunk_shift-th of a row at a time,
+    int num_chunk_parts;    // that is so many parts
+    int choice_shift;       // 1 << choice_shift lanes of a warp hold the choices of a row
+    int num_share_weights;  // of this rank's weights, sent by each share
 };
 
 struct CombineArgs {
@@ -139,14 +199,16 @@ struct CombineArgs {
     int num_local_experts;
     bool use_logfmt;
     CombineRow row;
+    CombinePlan plan;
 };
 
-cudaError_t launch_dispatch(const DispatchArgs& args, int num_blocks, cudaStream_t stream);
+cudaError_t launch_dispatch(DispatchArgs args, int num_blocks, cudaStream_t stream);
 cudaError_t launch_combine(const CombineArgs& args, int num_blocks, cudaStream_t stream);
 
-// Loads the kernels of each file on the current device: lazy loading may not meet a spinning kernel.
-cudaError_t prepare_dispatch();
-cudaError_t prepare_combine();
+// Loads the kernels of each file on the current device: lazy loading may not meet a spinning kernel. `is_programmatic` becomes false if one of
+// them cannot be launched before the kernel before it has ended.
+cudaError_t prepare_dispatch(bool* is_programmatic);
+cudaError_t prepare_combine(bool* is_programmatic);
 
 #if defined(DEEPEP_LL_TRACE)
 // uint32 [kMaxBlocks][12]: trace.cuh.

@@ -39,6 +39,7 @@ __device__ __forceinline__ float high_column(uint32_t pair) { return __uint_as_f
 struct PlainFormat {
     static constexpr int kColumns = 8;  // of a lane
     static constexpr int kPartBytes = 512;  // of a warp's part of a row in a slot
+    static constexpr bool kSendsSingleRows = true;  // a sum of one row travels as the row: the source multiplies and rounds
     using Row = uint4;   // a lane's columns as they lie in memory
     using Wire = uint4;  // the same in a slot
 
@@ -72,6 +73,7 @@ struct PlainFormat {
 struct LogfmtFormat {
     static constexpr int kColumns = 4;
     static constexpr int kPartBytes = kLogfmtWords * 4;
+    static constexpr bool kSendsSingleRows = false;  // codes of the row would not be codes of the product
     static constexpr int kNumSecondWords = kLogfmtWords - 32;
     using Row = uint2;
     using Wire = uint2;  // word `lane` and, of the first lanes, word 32 + lane

@@ -1,5 +1,6 @@
 #pragma once
 // Where the time of a block goes: built with DEEPEP_LL_TRACE only. Each block keeps the clock of its SM at some points of its last operation.
+#include "deepep/ptx/memory.cuh"
 #include "window.hpp"
 
 #if defined(DEEPEP_LL_TRACE)
@@ -11,7 +12,7 @@ constexpr int kNumStamps = 12;
 static __device__ uint32_t trace_stamps[kMaxBlocks][kNumStamps];
 
 // By one thread of the block that has come to this point.
-__device__ __forceinline__ void stamp(int point) { trace_stamps[blockIdx.x][point] = static_cast<uint32_t>(clock64()); }
+__device__ __forceinline__ void stamp(int point) { trace_stamps[blockIdx.x][point] = ptx::clock_ordered(); }
 
 inline cudaError_t copy_stamps(uint32_t* out) { return cudaMemcpyFromSymbol(out, trace_stamps, sizeof(trace_stamps)); }
 

@@ -47,6 +47,18 @@ struct RowMessage {
     DEEPEP_HOST_DEVICE int64_t stride() const { return align_up(num_bytes(), 128); }
 };
 
+// The same places as numbers.
+struct RowOffsets {
+    int32_t num_payload_vectors, num_scales, num_scale_vectors, num_header_words, num_header_vectors;
+    int32_t scales, header, num_bytes;
+    uint32_t stride;
+
+    static RowOffsets of(const RowMessage& row) {
+        return {row.num_payload_vectors(), row.num_scales,      row.num_scale_vectors(), row.num_header_words, row.num_header_vectors(),
+                row.scales_offset(),       row.header_offset(), row.num_bytes(),         static_cast<uint32_t>(row.stride())};
+    }
+};
+
 // Words of a header.
 constexpr uint32_t kRowPresent = 1, kRowEscaped = 2;       // flags
 constexpr uint32_t kNoChoice = 0xfffffffeu;                // the choice is not on that rank

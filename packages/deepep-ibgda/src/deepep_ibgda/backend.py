@@ -43,9 +43,7 @@ class IbgdaBackend(Backend):
     capabilities: ClassVar[Capabilities] = Capabilities(
         modes=frozenset({"low_latency"}),
         devices=frozenset({"cuda"}),
-        # Below the reference: taken when it is named, until generated shapes equal the reference on GPUs
-        # (tests/test_ibgda_on_gpus.py).
-        priority=-1,
+        priority=100,
         multi_node=True,
         cuda_graphs=True,
         rank_masks=True,

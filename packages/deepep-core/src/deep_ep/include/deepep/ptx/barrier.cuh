@@ -6,5 +6,24 @@ namespace deepep::ptx {
 __device__ __forceinline__ void named_barrier(int number, int num_threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(number), "r"(num_threads) : "memory");
 }
+// Counts as having come and goes on: what this thread has stored before is there for those that wait at the barrier.
+__device__ __forceinline__ void named_barrier_arrive(int number, int num_threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(number), "r"(num_threads) : "memory");
+}
+// The same answer in all threads: whether any of them said yes.
+__device__ __forceinline__ bool named_barrier_or(int number, int num_threads, bool value) {
+    unsigned any;
+    asm volatile(
+        "{\n"
+        ".reg .pred mine, all;\n"
+        "setp.ne.u32 mine, %3, 0;\n"
+        "bar.red.or.pred all, %1, %2, mine;\n"
+        "selp.u32 %0, 1, 0, all;\n"
+        "}\n"
+        : "=r"(any)
+        : "r"(number), "r"(num_threads), "r"(static_cast<unsigned>(value))
+        : "memory");
+    return any != 0;
+}
 
 }  // namespace deepep::ptx

@@ -64,4 +64,11 @@ __device__ __forceinline__ uint64_t global_timer_ns() {
     return value;
 }
 
+// The SM's clock; accesses to memory stay on their side of it.
+__device__ __forceinline__ uint32_t clock_ordered() {
+    uint32_t value;
+    asm volatile("mov.u32 %0, %%clock;" : "=r"(value)::"memory");
+    return value;
+}
+
 }  // namespace deepep::ptx
