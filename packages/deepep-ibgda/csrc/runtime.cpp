@@ -1,7 +1,6 @@
 #include "runtime.hpp"
 
 #include <atomic>
-#include <cstdlib>
 #include <cstring>
 #include <limits>
 
@@ -118,11 +117,6 @@ Runtime::Runtime(const RuntimeConfig& config) : config_(config), domain_{} {
     domain_.is_programmatic = true;
     check_runtime(prepare_dispatch(&domain_.is_programmatic), "loading the dispatch kernels");
     check_runtime(prepare_combine(&domain_.is_programmatic), "loading the combine kernels");
-    // TEMPORARY, for measurements: 0 ordinary launches, 1 programmatic, 2 with the early trigger.
-    const char* variant = std::getenv("DEEPEP_LL_PDL");
-    const int pdl = variant == nullptr ? 1 : std::atoi(variant);
-    domain_.is_programmatic = domain_.is_programmatic && pdl >= 1;
-    domain_.triggers_early = domain_.is_programmatic && pdl >= 2;
     void* page = nullptr;
     check_runtime(cudaHostAlloc(&page, sizeof(HostControl), cudaHostAllocPortable | cudaHostAllocMapped), "allocating the pinned status page");
     std::memset(page, 0, sizeof(HostControl));

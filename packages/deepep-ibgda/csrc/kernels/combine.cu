@@ -2,7 +2,7 @@
 //
 // Sending    warps take parts of rows; ll_reduce = "rank" adds up what this rank's experts made of a token before it travels, "expert" sends
 //            every row.
-// Receiving  other warps of the block poll the slots of the ranks that hold a token, and add in the contract's order.
+// Receiving  other warps of the block, later all, poll the slots of the ranks that hold a token, and add in the contract's order.
 // Before: the handle's dispatch has been received. Hook mode launches the kernel once for each half.
 #include "combine_receive.cuh"
 #include "combine_send.cuh"
@@ -15,21 +15,27 @@ __global__ void __launch_bounds__(kNumThreads, 2) low_latency_combine_kernel(con
     __shared__ CombineShared shared;
     begin_kernel(args);
     DEEPEP_STAMP(0, threadIdx.x == 0);
-    if (is_receiver()) {
-        if ((args.phases & kReceive) == 0) return;
-        receive_rows<kAtSource, Format>(args, shared);
-        DEEPEP_STAMP(11, receive_thread() == 0);
-        if (args.wait_stats != nullptr) add_wait_stats(args.domain, kCombine, shared.operation, args.wait_stats);
-    } else if ((args.phases & kSend) != 0) {
+    const bool receives = (args.phases & kReceive) != 0;
+    if (is_receiver() && !receives) return;
+    if ((args.phases & kSend) != 0) {
         send_shares<kAtSource, Format, kRemote>(args, shared);
-    } else if (is_control_warp()) {
+        // Statistics end with a barrier of the receivers.
+        if (!receives || (args.wait_stats != nullptr && !is_receiver())) return;
+    } else if (is_receiver()) {
+        wait_begun();
+    } else {
+        if (!is_control_warp()) return;
         Control<kRemote> control(args.domain, kCombine, shared.operation);
         const HandleLane handle = HandleLane::load(args);
         control.begin_receive(args.ticket);
         handle.note(args, shared);
         tell_receivers();
         control.settle(true);
+        return;
     }
+    receive_rows<kAtSource, Format>(args, shared);
+    DEEPEP_STAMP(11, threadIdx.x % 32 == 0);  // the last warp stays
+    if (args.wait_stats != nullptr) add_wait_stats(args.domain, kCombine, shared.operation, args.wait_stats);
 }
 
 using Kernel = void (*)(CombineArgs);

@@ -35,8 +35,7 @@ public:
     __device__ Receiver(const CombineArgs& args, const CombineShared& shared) : args_(args), shared_(shared), lane_(static_cast<int>(threadIdx.x) % 32) {}
 
     // Adds up one part of a token, stores the result and empties the part's places. False: the operation has failed.
-    // `is_likely_there`: an earlier part of this warp has come.
-    __device__ bool take(int token, int part, OwnChoice choice, bool is_likely_there) {
+    __device__ bool take(int token, int part, OwnChoice choice) {
         token_ = token;
         part_ = part;
         const uint64_t begin_ns = args_.wait_stats != nullptr ? ptx::global_timer_ns() : 0;
@@ -46,7 +45,7 @@ public:
             rank_ = choice.expert < 0 ? -1 : static_cast<int>(args_.plan.by_num_local_experts.quotient(static_cast<uint32_t>(choice.expert)));
             if (rank_ >= 0 && shared_.num_tokens[rank_] < 0) rank_ = -1;
             if constexpr (kAtSource) first_of_ = __ffs(static_cast<int>(__match_any_sync(kAllLanes, choice.expert))) - 1;
-            const int missing = add_up(choice, is_likely_there);
+            const int missing = add_up(choice);
             if (missing < 0) break;
             // Nothing has been changed: the part begins again, perhaps without what this peer holds.
             const Verdict verdict = judge_as_warp(args_.domain, shared_.operation, kCombine, missing, &start);
@@ -62,20 +61,17 @@ public:
 
 private:
     // A rank whose term has not come for a while, or -1: done.
-    __device__ int add_up(const OwnChoice& choice, bool is_likely_there) const {
+    __device__ int add_up(const OwnChoice& choice) const {
         const uint32_t begin = static_cast<uint32_t>(part_ * kPartBytes + lane_ * (2 * Format::kColumns));
         const bool is_inside = begin < static_cast<uint32_t>(2 * args_.hidden);
         auto sum = Sum<Format::kColumns>::zero();
         if constexpr (kAtSource) {
-            const int missing = add_terms(0, __ballot_sync(kAllLanes, rank_ >= 0), choice.weight, Format::nothing(), is_inside, is_likely_there, sum);
+            const int missing = add_terms(0, __ballot_sync(kAllLanes, rank_ >= 0), choice, begin, is_inside, sum);
             if (missing >= 0) return missing;
         } else {
-            auto own = Format::nothing();
-            if (args_.plan.adds_own) own = own_sum(choice, begin, is_inside);
-            DEEPEP_STAMP(9, receive_thread() == 0 && !is_likely_there);
 #pragma unroll 1
             for (int base = 0; base < args_.domain.num_ranks; base += 32) {
-                const int missing = add_terms(base, ranks_from(base), choice.weight, own, is_inside, is_likely_there, sum);
+                const int missing = add_terms(base, ranks_from(base), choice, begin, is_inside, sum);
                 if (missing >= 0) return missing;
             }
         }
@@ -98,10 +94,10 @@ private:
 
     // What this rank's experts made of the part, as it would have travelled.
     __device__ typename Format::Wire own_sum(const OwnChoice& choice, uint32_t begin, bool is_inside) const {
-        WeightedSum<Format, 1, 0> sum;
+        WeightedSum<Format, 1> sum;
 #pragma unroll 1
         for (unsigned left = __ballot_sync(kAllLanes, rank_ == args_.domain.rank && is_expert_row(args_, choice.row)); left != 0;)
-            left = sum.add(args_, left, choice.row, __float_as_uint(choice.weight), begin, is_inside ? 1 : 0, [] { return true; });
+            left = sum.add(args_, left, choice.row, __float_as_uint(choice.weight), begin, 0, is_inside ? 1 : 0, [] { return true; });
         return Format::encode(sum.rounded(0));
     }
 
@@ -113,12 +109,11 @@ private:
         return shared_.operation.incoming[peer_of(base, term)] + slot_offset<kAtSource>(args_, token_, k) + static_cast<uint32_t>(part_ * Format::kPartBytes);
     }
 
-    __device__ int add_terms(int base, unsigned terms, float weight, typename Format::Wire own, bool is_inside, bool is_likely_there,
-                             Sum<Format::kColumns>& sum) const {
+    __device__ int add_terms(int base, unsigned terms, const OwnChoice& choice, uint32_t begin, bool is_inside, Sum<Format::kColumns>& sum) const {
 #pragma unroll 1
         while (terms != 0) {
             typename Format::Wire v[kTermsInFlight];
-            const unsigned missing = load(v, base, terms, own, is_inside, is_likely_there);
+            const unsigned missing = load(v, base, terms, choice, begin, is_inside);
             if (missing != 0) return peer_of(base, __ffs(static_cast<int>(missing)) - 1);
 #pragma unroll
             for (int b = 0; b < kTermsInFlight; ++b) {
@@ -128,12 +123,12 @@ private:
                 float columns[Format::kColumns];
                 Format::decode(v[b], columns);
                 if constexpr (kAtSource) {
-                    sum.add_product(__shfl_sync(kAllLanes, weight, term), columns);
+                    sum.add_product(__shfl_sync(kAllLanes, choice.weight, term), columns);
                 } else {
                     const unsigned choices = __ballot_sync(kAllLanes, rank_ == base + term);
                     if (Format::kSendsSingleRows && (choices & (choices - 1)) == 0 && !is_own(base, term)) {
                         auto product = Sum<Format::kColumns>::zero();
-                        product.add_product(__shfl_sync(kAllLanes, weight, __ffs(static_cast<int>(choices)) - 1), columns);
+                        product.add_product(__shfl_sync(kAllLanes, choice.weight, __ffs(static_cast<int>(choices)) - 1), columns);
                         Format::columns(Format::rounded(product), columns);
                     }
                     sum.add(columns);
@@ -143,27 +138,34 @@ private:
         return -1;
     }
 
-    // Loads the next terms. Until a term begins to come, one lane looks at its part of it: thousands of warps that looked at all their words would
-    // keep the cache from taking what they wait for. Returns those that have not come for a while, or 0.
-    __device__ unsigned load(typename Format::Wire (&v)[kTermsInFlight], int base, unsigned terms, typename Format::Wire own, bool is_inside,
-                             bool is_likely_there) const {
-        unsigned rest = terms, looks_at_all = is_likely_there ? kAllLanes : 0, missing = 0;
+    // Loads the next terms; what is here is added up meanwhile. After the first look one lane looks at its part of a term until that has come: thousands
+    // of warps that looked at all their words would keep the cache from taking what they wait for. Returns the terms that have not come for a while.
+    __device__ unsigned load(typename Format::Wire (&v)[kTermsInFlight], int base, unsigned terms, const OwnChoice& choice, uint32_t begin,
+                             bool is_inside) const {
+        unsigned rest = terms, missing = 0, looks_at_all = 0;
 #pragma unroll
         for (int b = 0; b < kTermsInFlight; ++b) {
-            v[b] = rest != 0 && is_inside ? Format::empty() : Format::nothing();
-            if (rest != 0 && is_own(base, __ffs(static_cast<int>(rest)) - 1)) v[b] = own;
+            v[b] = Format::nothing();
+            if (rest == 0) continue;
+            const int term = __ffs(static_cast<int>(rest)) - 1;
             rest &= rest - 1;
+            uint8_t* term_place = place(base, term);
+            if (is_inside && !is_own(base, term)) v[b] = Format::load(term_place);
+        }
+        rest = terms;
+#pragma unroll
+        for (int b = 0; b < kTermsInFlight; ++b) {
+            if (rest != 0 && is_own(base, __ffs(static_cast<int>(rest)) - 1)) looks_at_all = 1u << b;
+            rest &= rest - 1;
+        }
+        if (looks_at_all != 0) {
+            const auto own = own_sum(choice, begin, is_inside);
+#pragma unroll
+            for (int b = 0; b < kTermsInFlight; ++b)
+                if ((looks_at_all >> b & 1) != 0) v[b] = own;
         }
 #pragma unroll 1
         for (int poll = 0; poll < kPollsPerCheck; ++poll) {
-            rest = terms;
-#pragma unroll
-            for (int b = 0; b < kTermsInFlight; ++b) {
-                if (rest == 0) break;
-                uint8_t* term_place = place(base, __ffs(static_cast<int>(rest)) - 1);
-                rest &= rest - 1;
-                if ((lane_ == 0 || (looks_at_all >> b & 1) != 0) && !Format::is_full(v[b])) v[b] = Format::load(term_place);
-            }
             rest = terms;
             missing = 0;
 #pragma unroll
@@ -174,6 +176,14 @@ private:
                 rest &= rest - 1;
             }
             if (missing == 0) break;
+            rest = terms;
+#pragma unroll
+            for (int b = 0; b < kTermsInFlight; ++b) {
+                if (rest == 0) break;
+                uint8_t* term_place = place(base, __ffs(static_cast<int>(rest)) - 1);
+                rest &= rest - 1;
+                if ((lane_ == 0 || (looks_at_all >> b & 1) != 0) && !Format::is_full(v[b])) v[b] = Format::load(term_place);
+            }
         }
         return missing;
     }
@@ -202,26 +212,25 @@ private:
     int first_of_ = 0;  // lane k: the first choice of the same expert
 };
 
-// By all receivers of every block.
+// The next of the block's parts. By a warp.
+__device__ __forceinline__ int claim_part(CombineShared& shared) {
+    int claimed = 0;
+    if (threadIdx.x % 32 == 0) claimed = atomicAdd(&shared.next_part, 1);
+    return __shfl_sync(kAllLanes, claimed, 0);
+}
+
+// By all receivers of every block, and by its senders when nothing is left to send.
 template <bool kAtSource, class Format>
-__device__ __forceinline__ void receive_rows(const CombineArgs& args, const CombineShared& shared) {
-    const int num_blocks = static_cast<int>(gridDim.x), step = num_blocks * kReceiveWarps;
+__device__ __forceinline__ void receive_rows(const CombineArgs& args, CombineShared& shared) {
     const int num_items = args.num_tokens * args.plan.num_parts;
-    int i = receive_warp() * num_blocks + static_cast<int>(blockIdx.x);
-    uint32_t part;
-    int token = static_cast<int>(args.plan.by_num_parts.quotient(static_cast<uint32_t>(i), &part));
-    OwnChoice choice = OwnChoice::load<kAtSource>(args, token);
-    wait_begun();
-    DEEPEP_STAMP(7, receive_thread() == 0);
     Receiver<kAtSource, Format> receiver(args, shared);
 #pragma unroll 1
-    for (bool is_first = true; i < num_items; is_first = false) {
-        const OwnChoice taken = choice;
-        const int taken_token = token, taken_part = static_cast<int>(part);
-        i += step;
-        token = static_cast<int>(args.plan.by_num_parts.quotient(static_cast<uint32_t>(i), &part));
-        choice = OwnChoice::load<kAtSource>(args, token);
-        if (!receiver.take(taken_token, taken_part, taken, !is_first)) return;
+    for (bool is_first = true;; is_first = false) {
+        const int i = claim_part(shared) * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x);
+        if (i >= num_items) return;
+        uint32_t part;
+        const int token = static_cast<int>(args.plan.by_num_parts.quotient(static_cast<uint32_t>(i), &part));
+        if (!receiver.take(token, static_cast<int>(part), OwnChoice::load<kAtSource>(args, token))) return;
         DEEPEP_STAMP(8, receive_thread() == 0 && is_first);
     }
 }

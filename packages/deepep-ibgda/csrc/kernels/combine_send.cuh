@@ -1,5 +1,5 @@
 #pragma once
-// The sending half of combine: the workers of a block share rows, each takes parts of them. It adds up what this rank's experts made of a source's
+// The sending half of combine: warps of a block share rows, each takes parts of them. It adds up what this rank's experts made of a source's
 // token and stores the sum into the source's slot. A row alone goes as it is, and so do all with ll_reduce = "expert": the source multiplies.
 #include "combine_shared.cuh"
 
@@ -95,7 +95,7 @@ struct Choices {
     __device__ static int step(const CombineArgs& args) { return static_cast<int>(gridDim.x) << (5 - args.plan.choice_shift); }
 };
 
-// A worker.
+// A warp that sends: the workers do, and for their block's own share the receivers, too, to which nothing comes so early.
 template <bool kAtSource, class Format, bool kRemote>
 class Sender {
 public:
@@ -103,8 +103,9 @@ public:
     static constexpr int kPartBytes = 64 * Format::kColumns;        // in x
     static constexpr bool kSumsAlways = !kAtSource && !Format::kSendsSingleRows;
 
-    __device__ Sender(const CombineArgs& args, CombineShared& shared)
-        : args_(args), shared_(shared), lane_(static_cast<int>(threadIdx.x) % 32), worker_(static_cast<int>(threadIdx.x) / 32) {}
+    // The warp is one of num_senders that share the rows.
+    __device__ Sender(const CombineArgs& args, CombineShared& shared, int num_senders)
+        : args_(args), shared_(shared), lane_(static_cast<int>(threadIdx.x) % 32), num_senders_(num_senders) {}
 
     // This warp's parts of a share's rows. `choices`: the first ones.
     __device__ void send_rows(int share, Choices choices) {
@@ -174,20 +175,23 @@ private:
         int part;
         int end;
 
-        __device__ uint8_t* place(int j) const { return slot + static_cast<uint32_t>(part + j * kWorkerWarps) * Format::kPartBytes; }
+        __device__ uint8_t* place(int j, int num_senders) const { return slot + static_cast<uint32_t>(part + j * num_senders) * Format::kPartBytes; }
         __device__ uint32_t begin() const { return static_cast<uint32_t>(part * kPartBytes) + threadIdx.x % 32 * (2 * Format::kColumns); }
-        __device__ unsigned inside(const CombineArgs& args) const {
+        __device__ unsigned inside(const CombineArgs& args, int num_senders) const {
             unsigned inside = 0;
 #pragma unroll
             for (int j = 0; j < kVectors; ++j)
-                if (part + j * kWorkerWarps < end && begin() + j * (kWorkerWarps * kPartBytes) < static_cast<uint32_t>(2 * args.hidden)) inside |= 1u << j;
+                if (part + j * num_senders < end && begin() + static_cast<uint32_t>(j * num_senders * kPartBytes) < static_cast<uint32_t>(2 * args.hidden)) inside |= 1u << j;
             return inside;
         }
     };
+    __device__ uint32_t step() const { return static_cast<uint32_t>(num_senders_ * kPartBytes); }
+    // The control warp, which stands between the workers and the receivers, is none.
+    __device__ static int sender() { return static_cast<int>(threadIdx.x) / 32 - (is_receiver() ? 1 : 0); }
     __device__ Target target_of(int l) const {
         const int source = __shfl_sync(kAllLanes, choices_.source, l), token = __shfl_sync(kAllLanes, choices_.token, l);
         const int first = __shfl_sync(kAllLanes, choices_.chunk, l) * args_.plan.num_chunk_parts, k = l & ((1 << args_.plan.choice_shift) - 1);
-        return {shared_.operation.outgoing[source] + slot_offset<kAtSource>(args_, token, k), first + worker_,
+        return {shared_.operation.outgoing[source] + slot_offset<kAtSource>(args_, token, k), first + sender(),
                 min(first + args_.plan.num_chunk_parts, args_.plan.num_parts)};
     }
 
@@ -195,15 +199,15 @@ private:
         const uint8_t* row = expert_row(args_, __shfl_sync(kAllLanes, choices_.row, l));
         using Row = typename Format::Row;
 #pragma unroll 1
-        for (Target target = target_of(l); target.part < target.end; target.part += kVectors * kWorkerWarps) {
-            const unsigned inside = target.inside(args_);
+        for (Target target = target_of(l); target.part < target.end; target.part += kVectors * num_senders_) {
+            const unsigned inside = target.inside(args_, num_senders_);
             Row v[kVectors] = {};
 #pragma unroll
             for (int j = 0; j < kVectors; ++j)
-                if ((inside >> j & 1) != 0) v[j] = Format::load_row(reinterpret_cast<const Row*>(row + target.begin() + j * (kWorkerWarps * kPartBytes)));
+                if ((inside >> j & 1) != 0) v[j] = Format::load_row(reinterpret_cast<const Row*>(row + target.begin() + j * step()));
 #pragma unroll
             for (int j = 0; j < kVectors; ++j)
-                if ((inside >> j & 1) != 0) Format::store(target.place(j), Format::encode(v[j]));
+                if ((inside >> j & 1) != 0) Format::store(target.place(j, num_senders_), Format::encode(v[j]));
         }
     }
 
@@ -211,18 +215,18 @@ private:
     __device__ bool send_sum(int l) {
         const unsigned rows = __shfl_sync(kAllLanes, mine_, l);
 #pragma unroll 1
-        for (Target target = target_of(l); target.part < target.end; target.part += kVectors * kWorkerWarps) {
-            const unsigned inside = target.inside(args_);
-            WeightedSum<Format, kVectors, kWorkerWarps * kPartBytes> sum;
+        for (Target target = target_of(l); target.part < target.end; target.part += kVectors * num_senders_) {
+            const unsigned inside = target.inside(args_, num_senders_);
+            WeightedSum<Format, kVectors> sum;
 #pragma unroll 1
             for (unsigned left = rows; left != 0;) {
                 bool is_ready;  // asked when the rows are under way
-                left = sum.add(args_, left, choices_.row, choices_.weight, target.begin(), inside, [&] { return is_ready = poll_weights(rows); });
+                left = sum.add(args_, left, choices_.row, choices_.weight, target.begin(), step(), inside, [&] { return is_ready = poll_weights(rows); });
                 if (!is_ready) return false;
             }
 #pragma unroll
             for (int j = 0; j < kVectors; ++j)
-                if ((inside >> j & 1) != 0) Format::store(target.place(j), Format::encode(sum.rounded(j)));
+                if ((inside >> j & 1) != 0) Format::store(target.place(j, num_senders_), Format::encode(sum.rounded(j)));
         }
         return true;
     }
@@ -257,7 +261,7 @@ private:
     const CombineArgs& args_;
     CombineShared& shared_;
     int lane_;
-    int worker_;
+    int num_senders_;
     Choices choices_;
     unsigned mine_ = 0;        // lanes with a row of this lane's token
     unsigned raw_ = 0;         // lanes whose row goes as it is
@@ -269,7 +273,7 @@ private:
 template <bool kAtSource, class Format>
 __device__ __noinline__ void post_rows(const CombineArgs& args, CombineShared& shared, int share) {
     const Domain& domain = args.domain;
-    Sender<kAtSource, Format, true> sender(args, shared);
+    Sender<kAtSource, Format, true> sender(args, shared, kWorkerWarps);
     const int num_items = (shared.most_tokens * args.plan.num_sources) << args.plan.chunk_shift;
     const int lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll 1
@@ -292,7 +296,7 @@ __device__ __noinline__ void post_rows(const CombineArgs& args, CombineShared& s
     }
 }
 
-// By all senders: this block's share, then those that nobody has taken up.
+// By all warps of a kernel that sends (receivers: if it receives, too): this block's share. By its senders then those that nobody has taken up.
 template <bool kAtSource, class Format, bool kRemote>
 __device__ __forceinline__ void send_shares(const CombineArgs& args, CombineShared& shared) {
     const Domain& domain = args.domain;
@@ -324,13 +328,19 @@ __device__ __forceinline__ void send_shares(const CombineArgs& args, CombineShar
             if (begins) control.settle(receives);
         } else {
             const Choices choices = Choices::load(args, Choices::item_of(args, share));
-            send_barrier();
+            if (is_receiver())
+                wait_begun();
+            else
+                send_barrier();
             DEEPEP_STAMP(3, threadIdx.x == 0);
-            if (!begins || shared.operation.is_claimed != 0) {
-                Sender<kAtSource, Format, kRemote>(args, shared).send_rows(share, choices);
-                if constexpr (kRemote) post_rows<kAtSource, Format>(args, shared, share);
+            DEEPEP_STAMP(7, receive_thread() == 0);
+            const bool is_mine = !begins || shared.operation.is_claimed != 0;
+            if (is_mine) Sender<kAtSource, Format, kRemote>(args, shared, begins && receives ? kNumWarps - 1 : kWorkerWarps).send_rows(share, choices);
+            DEEPEP_STAMP(6, lane == 0);
+            if (is_receiver()) return;
+            if constexpr (kRemote) {
+                if (is_mine) post_rows<kAtSource, Format>(args, shared, share);
             }
-            DEEPEP_STAMP(6, threadIdx.x == 0);
         }
         begins = false;
     }

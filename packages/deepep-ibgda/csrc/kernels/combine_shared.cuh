@@ -12,6 +12,7 @@ struct CombineShared {
     int32_t most_tokens;                  // of any source
     uint32_t has_weights;                 // they came with dispatch
     uint32_t has_resent;                  // this block has sent all of this rank's weights
+    int32_t next_part;                    // to receive: of those of this block, the first one that no warp has claimed
 };
 
 // What the handle says about a lane's source; by the control warp. Loaded before the operation's state is waited for, noted afterwards.
@@ -38,6 +39,7 @@ struct HandleLane {
         shared.most_tokens = most;
         shared.has_weights = has_weights != 0;
         shared.has_resent = 0;
+        shared.next_part = 0;
     }
 };
 
@@ -58,8 +60,8 @@ __device__ __forceinline__ bool is_expert_row(const CombineArgs& args, int32_t r
 __device__ __forceinline__ const uint8_t* expert_row(const CombineArgs& args, int32_t row) { return args.x + row * args.num_row_bytes; }
 
 // Parts of a token's rows at this rank, added up with the weights in the order of the choices. A lane has kVectors times Format::kColumns columns,
-// kStep bytes of x apart. `rows`: the lanes that hold a row (in `row`) and its weight.
-template <class Format, int kVectors, int kStep>
+// `step` bytes of x apart. `rows`: the lanes that hold a row (in `row`) and its weight.
+template <class Format, int kVectors>
 class WeightedSum {
 public:
     static constexpr int kRowsInFlight = 2;
@@ -72,7 +74,7 @@ public:
     // Loads the next rows, and adds them up if then their weights are there (`is_ready`). `begin`: of the lane's first columns in a row, bytes.
     // `inside`: bit j: the row has the j-th columns. Returns the rows that are left.
     template <class IsReady>
-    __device__ unsigned add(const CombineArgs& args, unsigned rows, int32_t row, const uint32_t& weight, uint32_t begin, unsigned inside, const IsReady& is_ready) {
+    __device__ unsigned add(const CombineArgs& args, unsigned rows, int32_t row, const uint32_t& weight, uint32_t begin, uint32_t step, unsigned inside, const IsReady& is_ready) {
         Row v[kRowsInFlight][kVectors];
         unsigned rest = rows;
 #pragma unroll
@@ -81,7 +83,7 @@ public:
             const uint8_t* columns = expert_row(args, __shfl_sync(kAllLanes, row, __ffs(static_cast<int>(rest)) - 1)) + begin;
 #pragma unroll
             for (int j = 0; j < kVectors; ++j)
-                if ((inside >> j & 1) != 0) v[r][j] = Format::load_row(reinterpret_cast<const Row*>(columns + j * kStep));
+                if ((inside >> j & 1) != 0) v[r][j] = Format::load_row(reinterpret_cast<const Row*>(columns + j * step));
             rest &= rest - 1;
         }
         if (!is_ready()) return rows;

@@ -11,7 +11,7 @@
 namespace deepep::ibgda {
 namespace {
 
-constexpr int kAllThreads = 0, kCounted = 15;  // barriers of the whole block: before the operation, and once the index has been read
+constexpr int kAllThreads = 0;  // the barrier before an operation begins
 
 template <bool kFp8, bool kRemote>
 __global__ void __launch_bounds__(kNumThreads, 2) low_latency_dispatch_kernel(const __grid_constant__ DispatchArgs args) {
@@ -33,20 +33,15 @@ __global__ void __launch_bounds__(kNumThreads, 2) low_latency_dispatch_kernel(co
         DEEPEP_STAMP(8, receive_thread() == 0);
         if (is_last_block) {
             if (receive_thread() == 0) shared.is_indexed = is_good;
-            ptx::named_barrier_arrive(kCounted, kNumThreads);
+            ptx::named_barrier_arrive(kIndexRead, kNumThreads);
         }
         if (is_good) receive_rows<kFp8>(args, shared, index_words);
-        DEEPEP_STAMP(11, receive_thread() == 0);
+        DEEPEP_STAMP(11, threadIdx.x % 32 == 0);  // the last warp's stays
         if (is_good && args.wait_stats != nullptr) add_wait_stats(args.domain, kDispatch, shared.operation, args.wait_stats);
         return;
     }
     if (sends) {
-        int share = static_cast<int>(blockIdx.x);
-#pragma unroll 1
-        for (bool begins = true; share >= 0; begins = false) {
-            send_share<kFp8, kRemote>(args, shared, named, share, begins);
-            share = next_share(args.domain, kDispatch, shared.operation);
-        }
+        send_rows<kFp8, kRemote>(args, shared, named);
         DEEPEP_STAMP(7, threadIdx.x == 0);
     } else if (is_control_warp()) {
         Control<kRemote> control(args.domain, kDispatch, shared.operation);
@@ -55,7 +50,7 @@ __global__ void __launch_bounds__(kNumThreads, 2) low_latency_dispatch_kernel(co
         control.settle(true);
     }
     if (!receives || !is_last_block) return;
-    ptx::named_barrier(kCounted, kNumThreads);
+    ptx::named_barrier(kIndexRead, kNumThreads);
     if (shared.is_indexed) store_counts(args, shared, index_words);
 }
 
@@ -78,7 +73,6 @@ DispatchPlan plan_of(const DispatchArgs& args, int num_blocks) {
     while (kMostPartSegments << plan.parts_log2 < plan.num_segments) ++plan.parts_log2;
     plan.num_units = args.num_tokens << plan.parts_log2;
     plan.num_part_segments = static_cast<int>(ceil_div(plan.num_segments, 1 << plan.parts_log2));
-    plan.num_share_experts = static_cast<int>(ceil_div(args.num_experts, num_blocks));
     plan.by_local_experts = Divisor::of(static_cast<uint32_t>(args.num_local_experts));
     plan.by_ranks = Divisor::of(static_cast<uint32_t>(args.domain.num_ranks));
     plan.by_index_words = Divisor::of(static_cast<uint32_t>(kIndexCounts + args.num_local_experts));

@@ -128,122 +128,140 @@ __device__ __noinline__ inline void store_counts(const DispatchArgs& args, const
 
 // --- rows -----------------------------------------------------------------------------------------------------------
 
-// One warp's part of one row.
+// What becomes of a part of a row. kAbsent: the token goes elsewhere. kGone: it has been given up.
+enum Arrival { kPresent, kAbsent, kGone };
+
+// One warp's part of one row, as many vectors as its registers hold.
 template <bool kFp8>
 class RowReader {
 public:
-    __device__ RowReader(const DispatchArgs& args, const DispatchShared& shared, const Index& index)
+    __device__ RowReader(const DispatchArgs& args, DispatchShared& shared, const Index& index)
         : args_(args), shared_(shared), index_(index), lane_(static_cast<int>(threadIdx.x) % 32) {}
 
-    // Vectors [begin, end) of the row, at least one; the first warp of a row also keeps its route. The header stays as it is: the row's other warps
-    // read it. `is_likely_there`: an earlier row of this warp has come.
-    // Returns how many vectors of the header have to be emptied.
-    __device__ int take(int source, int token, int begin, int end, bool keeps_route, bool is_likely_there) {
+    // Vectors [first, end) of the row. `keeps_route`: the header's places go to the handle. The header stays as it is: the row's other warps read it.
+    __device__ Arrival take(int source, int token, int first, int end, bool keeps_route) {
         slot_ = shared_.operation.incoming[source] + row_offset(token, args_.message.stride);
-        uint64_t begin_ns = 0;
-        int num_header_vectors = args_.message.num_header_vectors;
-#pragma unroll 1
-        for (int first = begin; first < end; first += kPartVectors) {
-            const int num_vectors = (end - first - lane_ + 31) / 32;  // of this lane
-            const int num_scale_words = kFp8 ? num_scale_words_of(first, min(first + kPartVectors, end)) : 0;
-            const Arrival arrival = poll(source, first, num_vectors, num_scale_words, is_likely_there || first != begin, &begin_ns);
-            if (first == begin) {
-                DEEPEP_STAMP(9, receive_thread() == 0 && !is_likely_there);
-                if (arrival != kPresent) {
-                    if (keeps_route) store_route(source, token, -1);
-                    return arrival == kAbsent ? 1 : 0;
-                }
-                read_choices(source, token, keeps_route);
-            } else if (arrival != kPresent) {
-                return 0;
-            }
-            store(first, num_vectors, num_scale_words);
+        if (args_.wait_stats != nullptr) shared_.wait_begin_ns[receive_warp()] = 0;
+        Arrival arrival = poll_header(source, token, keeps_route);
+        if (arrival == kPresent) {
+            num_vectors_ = (end - first - lane_ + 31) / 32;
+            num_scale_words_ = kFp8 ? (end == args_.message.num_payload_vectors ? 4 * args_.message.num_scale_vectors : end / 8) - first / 8 : 0;
+            const bool has_come = poll_payload(source, first);
+            DEEPEP_STAMP(9, receive_thread() == 0);
+            if (has_come)
+                store(first);
+            else
+                arrival = kGone;
         }
-        if (args_.wait_stats != nullptr && begin_ns != 0 && lane_ == 0) note_wait(args_.domain, kDispatch, source, begin_ns);
-        if (is_bad_) report(args_.domain, shared_.operation, kDispatch, ErrorKind::kBadCount, Phase::kRow, source, static_cast<uint64_t>(token), 0);
-        return num_header_vectors;
+        if (arrival != kPresent && keeps_route) store_route(source, token, -1);
+        if (args_.wait_stats != nullptr && arrival != kGone && lane_ == 0 && shared_.wait_begin_ns[receive_warp()] != 0)
+            note_wait(args_.domain, kDispatch, source, shared_.wait_begin_ns[receive_warp()]);
+        return arrival;
     }
 
-    __device__ void empty_header(int num_vectors) const {
+    // Of the row that has been taken; the other warps that read it have done so.
+    __device__ void empty_header(Arrival arrival) const {
+        const int num_vectors = arrival == kPresent ? args_.message.num_header_vectors : arrival == kAbsent ? 1 : 0;
         if (lane_ < num_vectors) reinterpret_cast<uint4*>(slot_ + args_.message.header)[lane_] = empty_vector();
     }
 
 private:
-    enum Arrival { kPresent, kAbsent, kGone };
-
-    // Scale words that belong to vectors [first, last); the row's last ones bring the words that fill up the scales.
-    __device__ int num_scale_words_of(int first, int last) const {
-        return (last == args_.message.num_payload_vectors ? 4 * args_.message.num_scale_vectors : last / 8) - first / 8;
+    __device__ void note_begin() const {
+        if (args_.wait_stats != nullptr && shared_.wait_begin_ns[receive_warp()] == 0) shared_.wait_begin_ns[receive_warp()] = ptx::global_timer_ns();
+    }
+    // False: the row is given up.
+    __device__ bool goes_on(int source, uint32_t* start) const {
+        const Verdict verdict = judge_as_warp(args_.domain, shared_.operation, kDispatch, source, start);
+        if (verdict == Verdict::kReport && lane_ == 0) fail(args_.domain, shared_.operation, kDispatch, Phase::kRow, source, 0, kRowPresent, *start);
+        return verdict == Verdict::kGoOn;
     }
 
-    // Loads the words that have not come yet until all have. Until the header and one vector of the payload have, nobody looks at more: thousands of
-    // warps that looked at all their words would keep the cache from taking what they wait for.
-    __device__ Arrival poll(int source, int first, int num_vectors, int num_scale_words, bool is_likely_there, uint64_t* wait_begin_ns) {
-        const uint4* payload = reinterpret_cast<const uint4*>(slot_) + first + lane_;
+    // The header comes beside the payload, mostly before it, and is read first: where the row goes is then known when its words arrive. All lanes look
+    // at the row's flags; of the rest each looks at a choice, its weight, and one of the words that are left (the escape value, what fills up the last
+    // vector). Words that a lane does not look at count as there.
+    __device__ Arrival poll_header(int source, int token, bool keeps_route) {
         const uint32_t* header = reinterpret_cast<const uint32_t*>(slot_ + args_.message.header);
-        const uint32_t* scales = reinterpret_cast<const uint32_t*>(slot_ + args_.message.scales) + first / 8 + lane_;
-        uint32_t start = 0;
+        const int num_topk = args_.num_topk, num_words = args_.message.num_header_words;
+        const bool has_choice = lane_ < num_topk, has_weight = has_choice && args_.has_weights;
+        const bool has_other = lane_ <= 4 * args_.message.num_header_vectors - num_words;
+        uint32_t flags = kEmptyWord, choice = kEmptyWord, weight = kEmptyWord, start = 0;
+        other_ = kEmptyWord;
         while (true) {
-            // The words that this lane does not look at count as there. Lanes look at the whole warp's flags, and at a choice and its weight each.
-            flags_ = kEmptyWord;
-            choice_ = lane_ < args_.num_topk ? kEmptyWord : 0;
-            weight_ = lane_ < args_.num_topk && args_.has_weights ? kEmptyWord : 0;
-            escape_ = kFp8 ? 0 : kEmptyWord;
-            scale_ = kFp8 && lane_ < num_scale_words ? kEmptyWord : 0;
-#pragma unroll
-            for (int j = 0; j < kVectorsInFlight; ++j) v_[j] = j < num_vectors ? empty_vector() : make_uint4(0, 0, 0, 0);
-            bool looks_at_all = is_likely_there;
 #pragma unroll 1
             for (int poll = 0; poll < kPollsPerCheck; ++poll) {
-                if (flags_ == kEmptyWord) flags_ = ptx::load_relaxed_sys(header);
-                if (looks_at_all) {
-                    if (choice_ == kEmptyWord) choice_ = ptx::load_relaxed_sys(header + 2 + lane_);
-                    if (weight_ == kEmptyWord) weight_ = ptx::load_relaxed_sys(header + 2 + args_.num_topk + lane_);
-                    if (!kFp8 && escape_ == kEmptyWord) escape_ = ptx::load_relaxed_sys(header + 1);
-                    if (kFp8 && scale_ == kEmptyWord) scale_ = ptx::load_relaxed_sys(scales);
+                if (flags == kEmptyWord) flags = ptx::load_relaxed_sys(header);
+                if (__any_sync(kAllLanes, flags == kEmptyWord)) {
+                    note_begin();
+                    continue;
                 }
-                if (looks_at_all || lane_ == 31) {
-#pragma unroll
-                    for (int j = 0; j < kVectorsInFlight; ++j)
-                        if (!is_full(v_[j])) v_[j] = ptx::load_relaxed_sys(payload + 32 * j);
+                if (flags == 0) {
+                    // A token that goes elsewhere: the header's first vector, all zero.
+                    if (__all_sync(kAllLanes, is_full(ptx::load_relaxed_sys(reinterpret_cast<const uint4*>(header))))) return kAbsent;
+                    continue;
                 }
-                bool is_complete = true;
-#pragma unroll
-                for (int j = 0; j < kVectorsInFlight; ++j) is_complete = is_complete && is_full(v_[j]);
-                const unsigned complete = __ballot_sync(kAllLanes, is_complete && flags_ != kEmptyWord);
-                is_complete = is_complete && choice_ != kEmptyWord && weight_ != kEmptyWord && escape_ != kEmptyWord && scale_ != kEmptyWord;
-                if (__all_sync(kAllLanes, is_complete && flags_ != kEmptyWord)) return flags_ != 0 ? kPresent : kAbsent;
-                // A token that goes elsewhere: the header's first vector, all zero.
-                if (__all_sync(kAllLanes, flags_ == 0)) return kAbsent;
-                looks_at_all = complete >> 31 != 0;
-                if (args_.wait_stats != nullptr && *wait_begin_ns == 0) *wait_begin_ns = ptx::global_timer_ns();
+                if (has_choice && choice == kEmptyWord) choice = ptx::load_relaxed_sys(header + 2 + lane_);
+                if (has_weight && weight == kEmptyWord) weight = ptx::load_relaxed_sys(header + 2 + num_topk + lane_);
+                if (has_other && other_ == kEmptyWord) other_ = ptx::load_relaxed_sys(header + (lane_ == 0 ? 1 : num_words + lane_ - 1));
+                if (!__all_sync(kAllLanes, (!has_choice || choice != kEmptyWord) && (!has_weight || weight != kEmptyWord) && (!has_other || other_ != kEmptyWord))) continue;
+                is_escaped_ = (flags & kRowEscaped) != 0;
+                read_choices(source, token, choice, weight, keeps_route);
+                return kPresent;
             }
-            const Verdict verdict = judge_as_warp(args_.domain, shared_.operation, kDispatch, source, &start);
-            if (verdict == Verdict::kGoOn) continue;
-            if (verdict == Verdict::kReport && lane_ == 0)
-                fail(args_.domain, shared_.operation, kDispatch, Phase::kRow, source, ptx::load_relaxed_sys(header), kRowPresent, start);
-            return kGone;
+            if (!goes_on(source, &start)) return kGone;
         }
     }
 
     // Afterwards lane k holds the place of choice k: its expert, and its row among the expert's.
-    __device__ void read_choices(int source, int token, bool keeps_route) {
-        const int expert = static_cast<int>((choice_ & ~kRepeatedChoice) >> kPositionBits), position = static_cast<int>(choice_ & ((1u << kPositionBits) - 1));
-        const bool is_chosen = lane_ < args_.num_topk && choice_ != kNoChoice;
+    __device__ void read_choices(int source, int token, uint32_t choice, uint32_t weight, bool keeps_route) {
+        const int expert = static_cast<int>((choice & ~kRepeatedChoice) >> kPositionBits), position = static_cast<int>(choice & ((1u << kPositionBits) - 1));
+        const bool is_chosen = lane_ < args_.num_topk && choice != kNoChoice;
         const bool has_place = is_chosen && expert < args_.num_local_experts && position < index_.count(source, expert);
         expert_ = expert;
         place_ = has_place ? index_.first_row(source, expert) + position : 0;
-        is_bad_ = is_chosen && !has_place;
+        if (is_chosen && !has_place)
+            report(args_.domain, shared_.operation, kDispatch, ErrorKind::kBadCount, Phase::kRow, source, static_cast<uint64_t>(token), 0);
         if (keeps_route) {
             const int32_t row = has_place ? expert * num_rows() + place_ : -1;
             store_route(source, token, row);
             if (args_.has_weights && lane_ < args_.num_topk)
-                args_.handle[args_.handle_layout.weights() + route_index(source, token) + lane_] = static_cast<int32_t>(weight_);
+                args_.handle[args_.handle_layout.weights() + route_index(source, token) + lane_] = static_cast<int32_t>(weight);
             if (row >= 0 && args_.recv_x != nullptr) args_.handle[row] = token;  // src_info
         }
-        targets_ = __ballot_sync(kAllLanes, has_place && (choice_ & kRepeatedChoice) == 0);
+        targets_ = __ballot_sync(kAllLanes, has_place && (choice & kRepeatedChoice) == 0);
         if (args_.recv_x == nullptr) targets_ = 0;
     }
+
+    // Loads the words that have not come yet until all have. While nothing comes, one lane looks: thousands of warps that looked at all their words
+    // would keep the cache from taking what they wait for. False: the row is given up.
+    __device__ bool poll_payload(int source, int first) {
+        const uint4* payload = reinterpret_cast<const uint4*>(slot_) + first + lane_;
+        const uint32_t* scales = reinterpret_cast<const uint32_t*>(slot_ + args_.message.scales) + first / 8 + lane_;
+        uint32_t start = 0;
+        while (true) {
+            scale_ = kFp8 && lane_ < num_scale_words_ ? kEmptyWord : 0;
+#pragma unroll
+            for (int j = 0; j < kVectorsInFlight; ++j) v_[j] = j < num_vectors_ ? empty_vector() : make_uint4(0, 0, 0, 0);
+            unsigned looking = kAllLanes;
+#pragma unroll 1
+            for (int poll = 0; poll < kPollsPerCheck; ++poll) {
+                if ((looking >> lane_ & 1) != 0) {
+#pragma unroll
+                    for (int j = 0; j < kVectorsInFlight; ++j)
+                        if (!is_full(v_[j])) v_[j] = ptx::load_relaxed_sys(payload + 32 * j);
+                    if (kFp8 && scale_ == kEmptyWord) scale_ = ptx::load_relaxed_sys(scales);
+                }
+                bool is_complete = scale_ != kEmptyWord;
+#pragma unroll
+                for (int j = 0; j < kVectorsInFlight; ++j) is_complete = is_complete && is_full(v_[j]);
+                const unsigned missing = __ballot_sync(kAllLanes, !is_complete);
+                if (missing == 0) return true;
+                looking = (missing & looking) == looking ? missing & (0u - missing) : missing;
+                note_begin();
+            }
+            if (!goes_on(source, &start)) return false;
+        }
+    }
+
     __device__ int num_rows() const { return args_.domain.num_ranks * args_.max_tokens; }  // of one expert
     __device__ int64_t route_index(int source, int token) const { return (static_cast<int64_t>(source) * args_.max_tokens + token) * args_.num_topk; }
     __device__ void store_route(int source, int token, int32_t row) const {
@@ -251,14 +269,15 @@ private:
     }
 
     // Stores what poll has loaded to each expert row, and empties its place in the slot.
-    __device__ void store(int first, int num_vectors, int num_scale_words) {
-        if (!kFp8 && (flags_ & kRowEscaped) != 0) {
-            const auto word = [&](uint32_t w) { return w == escape_ ? kEmptyWord : w; };
+    __device__ void store(int first) {
+        if (!kFp8 && is_escaped_) {
+            const uint32_t escape = __shfl_sync(kAllLanes, other_, 0);
+            const auto word = [&](uint32_t w) { return w == escape ? kEmptyWord : w; };
 #pragma unroll
             for (int j = 0; j < kVectorsInFlight; ++j) v_[j] = make_uint4(word(v_[j].x), word(v_[j].y), word(v_[j].z), word(v_[j].w));
         }
         int scale_index = first / 8 + lane_;
-        bool has_scale = kFp8 && lane_ < num_scale_words && scale_index < args_.message.num_scales;
+        bool has_scale = kFp8 && lane_ < num_scale_words_ && scale_index < args_.message.num_scales;
         int num_scales = args_.message.num_scales;
         uint32_t scale = scale_;
         if (kFp8 && args_.use_ue8m0) {
@@ -277,33 +296,33 @@ private:
                             first + lane_;
 #pragma unroll
             for (int j = 0; j < kVectorsInFlight; ++j)
-                if (j < num_vectors) target[32 * j] = v_[j];
+                if (j < num_vectors_) target[32 * j] = v_[j];
             if (has_scale) args_.recv_scales[row_offset(expert * num_scales + scale_index, static_cast<uint32_t>(num_rows())) + static_cast<uint32_t>(place)] = scale;
         }
         uint4* taken = reinterpret_cast<uint4*>(slot_) + first + lane_;
 #pragma unroll
         for (int j = 0; j < kVectorsInFlight; ++j)
-            if (j < num_vectors) taken[32 * j] = empty_vector();
-        if (kFp8 && lane_ < num_scale_words) reinterpret_cast<uint32_t*>(slot_ + args_.message.scales)[first / 8 + lane_] = kEmptyWord;
+            if (j < num_vectors_) taken[32 * j] = empty_vector();
+        if (kFp8 && lane_ < num_scale_words_) reinterpret_cast<uint32_t*>(slot_ + args_.message.scales)[first / 8 + lane_] = kEmptyWord;
     }
 
     const DispatchArgs& args_;
-    const DispatchShared& shared_;
+    DispatchShared& shared_;
     const Index& index_;
     int lane_;
     uint8_t* slot_ = nullptr;
+    int num_vectors_ = 0, num_scale_words_ = 0;  // of this lane; of the warp
     uint4 v_[kVectorsInFlight];
-    uint32_t flags_, escape_;      // of the row
-    uint32_t choice_, weight_;     // lane k: of choice k
     uint32_t scale_;
+    uint32_t other_;  // lane 0: the escape value
+    bool is_escaped_ = false;
     int32_t expert_ = 0, place_ = 0;  // lane k: of choice k, on this rank
     unsigned targets_ = 0;
-    bool is_bad_ = false;  // this lane's choice names a place that there is not
 };
 
 // By all receivers of every block.
 template <bool kFp8>
-__device__ __forceinline__ void receive_rows(const DispatchArgs& args, const DispatchShared& shared, const int32_t* index_words) {
+__device__ __forceinline__ void receive_rows(const DispatchArgs& args, DispatchShared& shared, const int32_t* index_words) {
     const Domain& domain = args.domain;
     const Index index{args, index_words};
     const int lane = static_cast<int>(threadIdx.x) % 32, warp = receive_warp();
@@ -333,11 +352,14 @@ __device__ __forceinline__ void receive_rows(const DispatchArgs& args, const Dis
     };
     RowReader<kFp8> reader(args, shared, index);
 #pragma unroll 1
-    for (int i = (static_cast<int>(blockIdx.x) << groups_log2) + group, round = 0; i < num_rows; i += num_blocks << groups_log2, ++round) {
+    for (int i = (static_cast<int>(blockIdx.x) << groups_log2) + group; i < num_rows; i += num_blocks << groups_log2) {
         int source;
         const int token = place_of(i, &source);
         if (token >= index.num_tokens(source)) continue;
-        const int num_header_vectors = begin < end ? reader.take(source, token, begin, end, part == 0, round != 0) : 0;
+        Arrival arrival = kGone;
+#pragma unroll 1
+        for (int first = begin; first < end && (first == begin || arrival == kPresent); first += kPartVectors)
+            arrival = reader.take(source, token, first, min(first + kPartVectors, end), part == 0 && first == begin);
         // Every warp of the row has read its header.
         if (size_log2 > 0 && part != 0) {
             ptx::named_barrier_arrive(kGroups + group, 32 << size_log2);
@@ -346,9 +368,9 @@ __device__ __forceinline__ void receive_rows(const DispatchArgs& args, const Dis
                 ptx::named_barrier(kGroups + group, 32 << size_log2);
             else
                 __syncwarp();
-            reader.empty_header(num_header_vectors);
+            reader.empty_header(arrival);
         }
-        DEEPEP_STAMP(10, receive_thread() == 0 && round == 0);
+        DEEPEP_STAMP(10, receive_thread() == 0 && i < num_blocks << groups_log2);
     }
 }
 

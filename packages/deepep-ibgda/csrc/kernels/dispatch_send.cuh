@@ -12,6 +12,20 @@ constexpr int kSegmentColumns = 512;  // of a warp at once: 16 of each lane, fou
 constexpr int kSegmentsInFlight = 2;
 constexpr int kMostPartSegments = kControlWarp * kSegmentsInFlight;
 
+// A part of a token's columns.
+struct Unit {
+    int token, part;
+    int first, end;  // segments
+    bool is_there;
+
+    __device__ Unit(const DispatchPlan& plan, int unit)
+        : token(unit >> plan.parts_log2),
+          part(unit & ((1 << plan.parts_log2) - 1)),
+          first(part * plan.num_part_segments),
+          end(unit < plan.num_units ? min(first + plan.num_part_segments, plan.num_segments) : first),
+          is_there(unit < plan.num_units) {}
+};
+
 // Two bf16 magnitudes at once: as integers they order like the numbers, NaN above infinity.
 __device__ __forceinline__ uint32_t max_magnitudes(uint32_t a, uint32_t b) { return __vmaxu2(a & 0x7fff7fffu, b & 0x7fff7fffu); }
 
@@ -134,51 +148,61 @@ __device__ __noinline__ inline uint32_t find_escape(const DispatchArgs& args, Di
 // --- the routing table ----------------------------------------------------------------------------------------------
 
 constexpr uint32_t kNamedByAny = 1u << 16, kNamedBelow = 1;
-
-// A token of more choices than registers are kept for.
-__device__ __noinline__ inline void count_long_token(IndexArray topk_idx, int num_topk, int num_experts, int token, uint32_t* named, uint32_t add) {
-    const int64_t first = static_cast<int64_t>(token) * num_topk;
-#pragma unroll 1
-    for (int k = 0; k < num_topk; ++k) {
-        const int32_t expert = topk_idx.expert(first + k, num_experts);
-        bool is_first = expert >= 0;
-#pragma unroll 1
-        for (int j = 0; j < k && is_first; ++j) is_first = topk_idx.expert(first + j, num_experts) != expert;
-        if (is_first) atomicAdd(&named[expert], add);
-    }
-}
+constexpr int kShortToken = 8;  // choices
 
 // Adds to each expert's word the tokens of [first, end), every `step`-th, that name it: `any` each, and 1 if they are below `limit`. A token that
 // names an expert twice counts once.
-__device__ __forceinline__ void count_tokens(const DispatchArgs& args, uint32_t* named, int first, int end, int step, int limit, uint32_t any) {
-    constexpr int kChoices = 8;
-    const int num_topk = args.num_topk, num_experts = args.num_experts;
+__device__ __forceinline__ void count_long_tokens(const DispatchArgs& args, uint32_t* named, int first, int end, int step, int limit, uint32_t any) {
 #pragma unroll 1
     for (int token = first; token < end; token += step) {
+        const int64_t i = static_cast<int64_t>(row_offset(token, static_cast<uint32_t>(args.num_topk)));
+#pragma unroll 1
+        for (int k = 0; k < args.num_topk; ++k) {
+            const int32_t expert = args.topk_idx.expert(i + k, args.num_experts);
+            bool is_first = expert >= 0;
+#pragma unroll 1
+            for (int j = 0; j < k && is_first; ++j) is_first = args.topk_idx.expert(i + j, args.num_experts) != expert;
+            if (is_first) atomicAdd(&named[expert], any + (token < limit ? kNamedBelow : 0));
+        }
+    }
+}
+
+// The same where a token has few choices.
+template <class Index>
+__device__ __forceinline__ void count_short_tokens(const DispatchArgs& args, uint32_t* named, int first, int end, int step, int limit, uint32_t any) {
+#pragma unroll 1
+    for (int token = first; token < end; token += step) {
+        const Index* choices = static_cast<const Index*>(args.topk_idx.data) + row_offset(token, static_cast<uint32_t>(args.num_topk));
         const uint32_t add = any + (token < limit ? kNamedBelow : 0);
-        if (num_topk > kChoices) {
-            count_long_token(args.topk_idx, num_topk, num_experts, token, named, add);
-            continue;
-        }
-        int32_t experts[kChoices];
-        const uint64_t i = row_offset(token, static_cast<uint32_t>(num_topk));
-        if (args.topk_idx.bits == 64) {
-            const int64_t* choices = static_cast<const int64_t*>(args.topk_idx.data) + i;
+        Index index[kShortToken];
 #pragma unroll
-            for (int k = 0; k < kChoices; ++k) experts[k] = k < num_topk ? IndexArray::checked(choices[k], num_experts) : -1;
-        } else {
-            const int32_t* choices = static_cast<const int32_t*>(args.topk_idx.data) + i;
+        for (int k = 0; k < kShortToken; ++k) index[k] = k < args.num_topk ? choices[k] : -1;
+        int32_t experts[kShortToken];
 #pragma unroll
-            for (int k = 0; k < kChoices; ++k) experts[k] = k < num_topk ? IndexArray::checked(choices[k], num_experts) : -1;
-        }
-#pragma unroll
-        for (int k = 0; k < kChoices; ++k) {
+        for (int k = 0; k < kShortToken; ++k) {
+            experts[k] = IndexArray::checked(index[k], args.num_experts);
             bool is_first = experts[k] >= 0;
 #pragma unroll
             for (int j = 0; j < k; ++j) is_first = is_first && experts[j] != experts[k];
             if (is_first) atomicAdd(&named[experts[k]], add);
         }
     }
+}
+
+// The same for any token.
+__device__ __forceinline__ void count_tokens(const DispatchArgs& args, uint32_t* named, int first, int end, int step, int limit, uint32_t any) {
+    if (args.num_topk > kShortToken)
+        count_long_tokens(args, named, first, end, step, limit, any);
+    else if (args.topk_idx.bits == 64)
+        count_short_tokens<int64_t>(args, named, first, end, step, limit, any);
+    else
+        count_short_tokens<int32_t>(args, named, first, end, step, limit, any);
+}
+
+// By the control warp, later on: more tokens are below the block's token.
+__device__ __noinline__ inline void count_below(const DispatchArgs& args, uint32_t* named, int first, int end) {
+    count_tokens(args, named, first + static_cast<int>(threadIdx.x) % 32, end, 32, end, 0);
+    __syncwarp();
 }
 
 // --- the control warp -----------------------------------------------------------------------------------------------
@@ -249,24 +273,29 @@ struct ChoiceLane {
     }
 };
 
-// What follows the payload: the scales of some segments, and the header. By the control warp.
-__device__ __forceinline__ void store_tail(const DispatchArgs& args, const Token& token, const uint32_t* scales, int first_scale_vector, int num_scale_vectors,
-                                           int num_header_vectors) {
+// By the control warp.
+__device__ __forceinline__ void store_header(const DispatchArgs& args, const Token& token) {
 #pragma unroll 1
-    for (int i = static_cast<int>(threadIdx.x) % 32; i < num_scale_vectors + num_header_vectors; i += 32) {
-        const bool is_scale = i < num_scale_vectors;
-        const int j = is_scale ? first_scale_vector + i : i - num_scale_vectors;
-        const uint4 words = *reinterpret_cast<const uint4*>((is_scale ? scales : token.words) + 4 * j);
-        int4 ranks = make_int4(kEveryRank, kEveryRank, kEveryRank, kEveryRank);
-        if (!is_scale) ranks = *reinterpret_cast<const int4*>(token.ranks + 4 * j);
-        const int offset = (is_scale ? args.message.scales : args.message.header) + 16 * j;
+    for (int i = static_cast<int>(threadIdx.x) % 32; i < args.message.num_header_vectors; i += 32) {
+        const uint4 words = *reinterpret_cast<const uint4*>(token.words + 4 * i);
+        const int4 ranks = *reinterpret_cast<const int4*>(token.ranks + 4 * i);
 #pragma unroll 1
         for (int d = 0; d < token.num_destinations; ++d) {
             const int32_t dst_rank = token.destinations[d];
             const auto word = [&](uint32_t value, int32_t rank) { return rank == kEveryRank || rank == dst_rank ? value : kNoChoice; };
-            ptx::store_relaxed_sys(reinterpret_cast<uint4*>(token.slots[d] + offset),
+            ptx::store_relaxed_sys(reinterpret_cast<uint4*>(token.slots[d] + args.message.header) + i,
                                    make_uint4(word(words.x, ranks.x), word(words.y, ranks.y), word(words.z, ranks.z), word(words.w, ranks.w)));
         }
+    }
+}
+
+// Of segments [first, end), four words each. By the control warp.
+__device__ __forceinline__ void store_scales(const DispatchArgs& args, const Token& token, const uint32_t* scales, int first, int end) {
+#pragma unroll 1
+    for (int i = first + static_cast<int>(threadIdx.x) % 32; i < end; i += 32) {
+        const uint4 words = *reinterpret_cast<const uint4*>(scales + 4 * i);
+#pragma unroll 1
+        for (int d = 0; d < token.num_destinations; ++d) ptx::store_relaxed_sys(reinterpret_cast<uint4*>(token.slots[d] + args.message.scales) + i, words);
     }
 }
 
@@ -283,44 +312,32 @@ __device__ __forceinline__ void store_absence(const DispatchArgs& args, const Op
     }
 }
 
-// This share's words of the index messages. By the control warp; the counts are complete.
+// This share's index messages: some ranks' whole ones, so that few packets carry them. By the control warp; the table is counted.
 template <bool kRemote>
 __device__ __forceinline__ void store_index(const DispatchArgs& args, const Operation& operation, int share, const uint32_t* named) {
     const Domain& domain = args.domain;
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-    const int first = share * args.plan.num_share_experts, end = min(first + args.plan.num_share_experts, args.num_experts);
-    const auto store = [&](int rank, int word, uint32_t value) {
+    const int lane = static_cast<int>(threadIdx.x) % 32, num_words = kIndexCounts + args.num_local_experts;
+#pragma unroll 1
+    for (int rank = share; rank < domain.num_ranks; rank += static_cast<int>(gridDim.x)) {
         const uint32_t sequence = operation.sequences[rank];
-        if (sequence != 0) ptx::store_relaxed_sys(outgoing_index(domain, operation, kDispatch, rank) + word, signal_word(sequence, value));
-    };
+        if (sequence == 0) continue;
+        uint64_t* index = outgoing_index(domain, operation, kDispatch, rank);
+        const uint32_t* counts = named + rank * args.num_local_experts - kIndexCounts;
 #pragma unroll 1
-    for (int expert = first + lane; expert < end; expert += 32) {
-        uint32_t local_expert;
-        const int rank = static_cast<int>(args.plan.by_local_experts.quotient(static_cast<uint32_t>(expert), &local_expert));
-        store(rank, kIndexCounts + static_cast<int>(local_expert), named[expert] / kNamedByAny);
-    }
-#pragma unroll 1
-    for (int i = lane; share == 0 && i < 2 * domain.num_ranks; i += 32)
-        store(i / 2, i % 2, i % 2 == kIndexNumTokens ? static_cast<uint32_t>(args.num_tokens) : args.checksum);
-    if constexpr (kRemote) {
-        __syncwarp();
-#pragma unroll 1
-        for (int rank = lane; rank < domain.num_ranks; rank += 32) {
-            if (operation.sequences[rank] == 0 || !domain.remote.has(rank)) continue;
-            const auto post = [&](int word, int num_words) {
-                post_outgoing(domain, operation, kDispatch, rank, reinterpret_cast<const uint8_t*>(outgoing_index(domain, operation, kDispatch, rank) + word),
-                              8u * static_cast<uint32_t>(num_words));
-            };
-            if (share == 0) post(0, kIndexCounts);
-            const int first_of_rank = rank * args.num_local_experts;
-            const int begin = max(first, first_of_rank), last = min(end, first_of_rank + args.num_local_experts);
-            if (begin < last) post(kIndexCounts + begin - first_of_rank, last - begin);
+        for (int i = lane; i < num_words; i += 32) {
+            const uint32_t value = i >= kIndexCounts ? counts[i] / kNamedByAny : i == kIndexNumTokens ? static_cast<uint32_t>(args.num_tokens) : args.checksum;
+            ptx::store_relaxed_sys(index + i, signal_word(sequence, value));
+        }
+        if (is_remote<kRemote>(domain, rank)) {
+            __syncwarp();
+            if (lane == 0) post_outgoing(domain, operation, kDispatch, rank, reinterpret_cast<const uint8_t*>(index), 8u * static_cast<uint32_t>(num_words));
+            __syncwarp();
         }
     }
 }
 
 // Rows for ranks outside the NVLink domain lie in the outbox; a row that is sent whole goes as one work request. By all senders, after a barrier.
-__device__ __forceinline__ void post_rows(const DispatchArgs& args, const Operation& operation, const Token& token, int part, int first, int end) {
+__device__ __forceinline__ void post_rows(const DispatchArgs& args, const Operation& operation, const Token& token, const Unit& unit) {
     const RowOffsets& row = args.message;
     const int warp = static_cast<int>(threadIdx.x) / 32;
 #pragma unroll 1
@@ -335,102 +352,143 @@ __device__ __forceinline__ void post_rows(const DispatchArgs& args, const Operat
             continue;
         }
         const int num_segment_bytes = kSegmentColumns * (args.use_fp8 ? 1 : 2);
-        post(first * num_segment_bytes, min(end * num_segment_bytes, 16 * row.num_payload_vectors));
-        post(row.scales + 16 * first, row.scales + 16 * min(end, row.num_scale_vectors));
-        if (part == 0) post(row.header, row.num_bytes);
+        post(unit.first * num_segment_bytes, min(unit.end * num_segment_bytes, 16 * row.num_payload_vectors));
+        post(row.scales + 16 * unit.first, row.scales + 16 * min(unit.end, row.num_scale_vectors));
+        if (unit.part == 0) post(row.header, row.num_bytes);
     }
 }
 
 // --- a share --------------------------------------------------------------------------------------------------------
 
-// Every num_blocks-th part of a token, and the counts of some experts. By all senders. `begins`: it is the block's own, and nothing has been read of
-// this operation yet. All words of `named` are zero if it begins.
+__device__ __forceinline__ bool is_share_own(const Operation& operation, bool begins) { return !begins || operation.is_claimed != 0; }
+
+// A share: every num_blocks-th unit, and the index messages to some ranks. `begins`: it is the block's own, and nothing has been read of this operation yet.
+// All words of `named` are zero if it begins. Workers and the control warp meet at a barrier in each round: the row is cast, the destinations are known.
 template <bool kFp8, bool kRemote>
-__device__ __forceinline__ void send_share(const DispatchArgs& args, DispatchShared& shared, uint32_t* named, int share, bool begins) {
-    const Domain& domain = args.domain;
-    Operation& operation = shared.operation;
+__device__ __forceinline__ void send_share_as_worker(const DispatchArgs& args, DispatchShared& shared, uint32_t* named, int share, bool begins) {
     const DispatchPlan& plan = args.plan;
-    const int thread = static_cast<int>(threadIdx.x), lane = thread % 32;
-    const int num_shares = static_cast<int>(gridDim.x);
-    const bool is_worker = thread < kNumWorkers, receives = (args.phases & kReceive) != 0;
+    const int thread = static_cast<int>(threadIdx.x), num_shares = static_cast<int>(gridDim.x);
     if (!begins) {
 #pragma unroll 1
-        for (int i = thread; i < args.num_experts; i += kNumSendThreads) named[i] = 0;
-        send_barrier();
+        for (int i = thread; i < args.num_experts; i += kNumWorkers) named[i] = 0;
+        worker_barrier();
     }
-    Control<kRemote> control(domain, kDispatch, operation);
-    int num_counted = 0;  // tokens whose choices are in the lower halves of `named`
+    int i = share, round = 0;
 #pragma unroll 1
-    for (int unit = share, round = 0; unit < plan.num_units || round == 0; unit += num_shares, ++round) {
-        const bool has_token = unit < plan.num_units;
-        const int token = unit >> plan.parts_log2, part = unit & ((1 << plan.parts_log2) - 1);
-        const int first = part * plan.num_part_segments, end = has_token ? min(first + plan.num_part_segments, plan.num_segments) : first;
-        Token& info = shared.tokens[round & 1];
-        uint32_t* scales = shared.scales[round & 1];
+    do {
+        const Unit unit(plan, i);
+        const Token& info = shared.tokens[round & 1];
         RowPart<kFp8> row;
-        ChoiceLane choice;
-        if (is_worker)
-            row.load(args, token, first, end);
-        else
-            choice.load(args, token, has_token);
-        // The workers count the table once, while the row is on its way; the control warp goes on from there.
-        if (is_worker == (round == 0))
-            count_tokens(args, named, is_worker ? thread : num_counted + lane, is_worker ? args.num_tokens : token, is_worker ? kNumWorkers : 32, token,
-                         is_worker ? kNamedByAny : 0);
-        num_counted = token;
+        row.load(args, unit.token, unit.first, unit.end);
+        if (round == 0) {
+            count_tokens(args, named, thread, args.num_tokens, kNumWorkers, unit.token, kNamedByAny);  // while the row is on its way
+            ptx::named_barrier_arrive(kTableCounted, kNumSendThreads);
+        }
         bool needs_escape = false;
-        if (is_worker) {
-            if constexpr (kFp8)
-                row.cast(args, scales, first, end);
-            else
-                needs_escape = has_token && (plan.parts_log2 == 0 ? row.has_empty_word() : RowPart<kFp8>::finds_empty_word(args, token));
+        if constexpr (kFp8) {
+            row.cast(args, shared.scales[round & 1], unit.first, unit.end);
+            DEEPEP_STAMP(2, thread == 0 && round == 0);
+            send_barrier();
         } else {
-            if (begins && round == 0) {
-                control.begin_send(reinterpret_cast<uint32_t*>(args.handle + args.handle_layout.ticket()));
-                if (receives) tell_receivers();
-                DEEPEP_STAMP(1, lane == 0);
-            }
-            choice.find_destinations(args, operation, info, token);
-        }
-        DEEPEP_STAMP(2, thread == 0 && round == 0);
-        if constexpr (kFp8)
-            send_barrier();
-        else
+            needs_escape = plan.parts_log2 == 0 ? row.has_empty_word() : unit.is_there && RowPart<kFp8>::finds_empty_word(args, unit.token);
             needs_escape = send_barrier_or(needs_escape);
+        }
         DEEPEP_STAMP(3, thread == 0 && round == 0);
-        const bool is_own = !begins || operation.is_claimed != 0;
-        if (!is_worker) {
-            if (round == 0 && is_own) store_index<kRemote>(args, operation, share, named);  // first what the others need first: nobody places a row without
-            DEEPEP_STAMP(4, lane == 0 && round == 0);
-        }
-        uint32_t escape = 0;
+        if (!is_share_own(shared.operation, begins)) return;
         if (!kFp8 && needs_escape) {
-            if (is_worker) {
-                escape = find_escape(args, shared, token);
-                if (thread == 0) shared.escape = escape;
-            }
+            const uint32_t escape = find_escape(args, shared, unit.token);
+            if (thread == 0) shared.escape = escape;
             send_barrier();
-            escape = shared.escape;
+            row.escape(escape);
         }
-        if (!is_worker) {
-            if (has_token && is_own) {
-                if (part == 0) choice.write_header(args, named, info, needs_escape ? kRowPresent | kRowEscaped : kRowPresent, escape);
-                store_tail(args, info, scales, first, kFp8 ? end - first : 0, part == 0 ? args.message.num_header_vectors : 0);
-                if (part == 0) store_absence<kRemote>(args, operation, info, token);
-            }
-            DEEPEP_STAMP(6, lane == 0);
-            if (begins && round == 0) control.settle(receives);
-        } else if (has_token && is_own) {
-            if (!kFp8 && needs_escape) row.escape(escape);
-            row.store(args, info, first, end);
-            DEEPEP_STAMP(5, thread == 0 && round == 0);
-            if (unit + num_shares < plan.num_units) prefetch_row(args, (unit + num_shares) >> plan.parts_log2);
+        i += num_shares;
+        if (unit.is_there) row.store(args, info, unit.first, unit.end);
+        DEEPEP_STAMP(5, thread == 0 && round == 0);
+        if (i < plan.num_units) prefetch_row(args, i >> plan.parts_log2);
+        if constexpr (kRemote) {
+            send_barrier();
+            if (unit.is_there) post_rows(args, shared.operation, info, unit);
         }
+        ++round;
+    } while (i < plan.num_units);
+}
+
+template <bool kFp8, bool kRemote>
+__device__ __forceinline__ void send_share_as_control(const DispatchArgs& args, DispatchShared& shared, uint32_t* named, int share, bool begins) {
+    const DispatchPlan& plan = args.plan;
+    Operation& operation = shared.operation;
+    const int num_shares = static_cast<int>(gridDim.x);
+    const bool receives = (args.phases & kReceive) != 0;
+    Control<kRemote> control(args.domain, kDispatch, operation);
+    int i = share, round = 0, num_counted = 0;  // tokens whose choices are in the lower halves of `named`
+#pragma unroll 1
+    do {
+        const Unit unit(plan, i);
+        Token& info = shared.tokens[round & 1];
+        ChoiceLane choice = {};
+        choice.load(args, unit.token, unit.is_there);
+        if (begins && round == 0) {
+            control.begin_send(reinterpret_cast<uint32_t*>(args.handle + args.handle_layout.ticket()));
+            if (receives) tell_receivers();
+            DEEPEP_STAMP(1, threadIdx.x % 32 == 0);
+        }
+        const bool is_own = is_share_own(operation, begins), has_header = is_own && unit.is_there && unit.part == 0;
+        // First what the others need first: nobody places a row before the counts are known.
+        if (round == 0) {
+            ptx::named_barrier(kTableCounted, kNumSendThreads);
+            if (is_own) store_index<kRemote>(args, operation, share, named);
+            DEEPEP_STAMP(4, threadIdx.x % 32 == 0);
+        } else {
+            count_below(args, named, num_counted, unit.token);
+        }
+        num_counted = unit.token;
+        choice.find_destinations(args, operation, info, unit.token);
+        const auto send_header = [&](uint32_t flags, uint32_t escape) {
+            if (!has_header) return;
+            choice.write_header(args, named, info, flags, escape);
+            store_header(args, info);
+            store_absence<kRemote>(args, operation, info, unit.token);
+        };
+        if constexpr (kFp8) {
+            send_header(kRowPresent, 0);
+            send_barrier();
+            if (is_own) store_scales(args, info, shared.scales[round & 1], unit.first, unit.end);
+        } else {
+            const bool needs_escape = send_barrier_or(false);
+            if (is_own && needs_escape) send_barrier();
+            send_header(needs_escape ? kRowPresent | kRowEscaped : kRowPresent, needs_escape ? shared.escape : 0);
+        }
+        DEEPEP_STAMP(6, threadIdx.x % 32 == 0);
+        if (begins && round == 0) control.settle(receives);
         if (!is_own) return;
         if constexpr (kRemote) {
             send_barrier();
-            if (has_token) post_rows(args, operation, info, part, first, end);
+            if (unit.is_there) post_rows(args, operation, info, unit);
         }
+        i += num_shares;
+        ++round;
+    } while (i < plan.num_units);
+}
+
+// By all senders.
+template <bool kFp8, bool kRemote>
+__device__ __forceinline__ void send_rows(const DispatchArgs& args, DispatchShared& shared, uint32_t* named) {
+    int share = static_cast<int>(blockIdx.x);
+    bool begins = true;
+    if (is_control_warp()) {
+#pragma unroll 1
+        do {
+            send_share_as_control<kFp8, kRemote>(args, shared, named, share, begins);
+            share = next_share_as_control(args.domain, kDispatch, shared.operation);
+            begins = false;
+        } while (share >= 0);
+    } else {
+#pragma unroll 1
+        do {
+            send_share_as_worker<kFp8, kRemote>(args, shared, named, share, begins);
+            share = next_share_as_worker(shared.operation);
+            begins = false;
+        } while (share >= 0);
     }
 }
 

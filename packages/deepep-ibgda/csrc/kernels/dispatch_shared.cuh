@@ -5,6 +5,9 @@
 
 namespace deepep::ibgda {
 
+// Further barriers: the workers have counted the routing table for the control warp; the receivers have read the index, for the senders.
+constexpr int kTableCounted = 14, kIndexRead = 15;
+
 constexpr int kMaxHeaderWords = 68;  // filled up to 16 bytes
 static_assert(2 + 2 * kMaxTopk <= kMaxHeaderWords && kMaxHeaderWords % 4 == 0, "a header with weights fits");
 constexpr int32_t kEveryRank = -2;
@@ -26,7 +29,8 @@ struct alignas(16) DispatchShared {
     uint32_t found;  // escape values that occur in the row
     uint32_t escape;
     uint32_t is_indexed;  // the index of every source has been read, and is good
-    uint32_t is_lost[kMaxWindowRanks];  // with enable_shrink: sources that are left out
+    uint32_t is_lost[kMaxWindowRanks];       // with enable_shrink: sources that are left out
+    uint64_t wait_begin_ns[kReceiveWarps];  // of the row that a warp waits for, if somebody wants to know
 };
 
 // In dynamic shared memory. Sending: how many tokens name each expert [E]; all of this rank in the upper half of a word, those below the

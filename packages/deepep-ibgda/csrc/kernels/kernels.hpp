@@ -49,7 +49,6 @@ struct Domain {
     bool reduces_at_source;  // ll_reduce = "expert"
     bool enable_shrink;
     bool is_programmatic;  // kernels wait for the kernels before them themselves
-    bool triggers_early;   // so the next one may take up its blocks as soon as this one's have begun
     uint8_t* own;  // this rank's arena
     WindowOffsets window;
     HostControl* host;  // pinned, this rank's
@@ -121,7 +120,6 @@ struct DispatchPlan {
     int num_units;          // parts of all tokens
     int num_part_segments;  // of a row
     int num_segments;
-    int num_share_experts;  // whose counts a block sends
     Divisor by_local_experts, by_ranks, by_index_words;
 };
 

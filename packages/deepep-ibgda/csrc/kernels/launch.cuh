@@ -26,7 +26,6 @@ __device__ __forceinline__ void begin_kernel(const Args& args) {
     __shared__ volatile uint32_t touched[kNumWarps];
     touched[threadIdx.x / 32] = touch_constants(args);
     ptx::wait_for_prerequisites();
-    if (args.domain.triggers_early) ptx::launch_dependents();
 }
 
 // Whether the kernel waits for the kernels before it by itself (ptx::wait_for_prerequisites). Loads it.

@@ -313,7 +313,6 @@ __device__ __noinline__ void post_credits(const Domain& domain, Direction runnin
 __device__ __noinline__ inline void advance(const Domain& domain, Direction direction, const Operation& operation, bool sends) {
     const int lane = static_cast<int>(threadIdx.x) % 32;
     if (lane == 0) {
-        ptx::store_relaxed_gpu(domain.readers(direction), 0);
         ptx::store_relaxed_gpu(domain.launches(direction), operation.launch);
         if (sends) ptx::store_relaxed_gpu(domain.sends(direction), operation.num_sends);
     }
@@ -357,34 +356,35 @@ public:
 
     // Afterwards the operation is valid for whoever the control warp tells. All loads are under way before the first one is waited for.
     __device__ void begin_send(uint32_t* ticket) {
-        uint32_t claim = 0;
-        // Each send adds one to its block's word, whoever does the block's share; see claim_share.
-        if (lane_ == 0) claim = ptx::add_relaxed_gpu(domain_.claims(direction_) + blockIdx.x, 1);
+        PeerState peer_state = {};
+        if (lane_ < domain_.num_ranks) peer_state.load(domain_, direction_, lane_);
         const uint32_t num_launches = ptx::load_relaxed_gpu(domain_.launches(direction_));
         const uint32_t num_sends = ptx::load_relaxed_gpu(domain_.sends(direction_));
         const CreditLane credit_lane = read_credit_lane(domain_, 0);
+        // Each send adds one to its block's word, whoever does the block's share; see claim_share. After the loads, because it is waited for at once.
+        uint32_t claim = 0;
+        if (lane_ == 0) claim = ptx::add_relaxed_gpu(domain_.claims(direction_) + blockIdx.x, 1);
         bool is_ready = true;
 #pragma unroll 1
         for (int peer = lane_; peer < domain_.num_ranks; peer += 32) {
-            const uint32_t is_masked = domain_.enable_shrink && peer != domain_.rank ? ptx::load_relaxed_gpu(domain_.masked(peer)) : 0;
-            const uint32_t before = ptx::load_relaxed_gpu(domain_.sequence(direction_, peer));
-            const uint64_t arena = ptx::load_relaxed_gpu(domain_.arena_word(peer));
-            // What the peer has taken and emptied. An earlier kernel acquired it: an acquire here would delay the first store.
-            const uint64_t credits = ptx::load_relaxed_gpu(domain_.granted(direction_, peer));
-            const uint32_t sequence = is_masked != 0 ? 0 : before + 1;
-            note_peer(peer, reinterpret_cast<uint8_t*>(arena), sequence);
-            if (sequence != 0 && !grants(credits, sequence)) is_ready = false;
+            if (peer != lane_) peer_state.load(domain_, direction_, peer);
+            const uint32_t sequence = peer_state.is_masked != 0 ? 0 : peer_state.sequence + 1;
+            note_peer(peer, reinterpret_cast<uint8_t*>(peer_state.arena), sequence);
+            if (sequence != 0 && !grants(peer_state.credits, sequence)) is_ready = false;
             if (ticket != nullptr && blockIdx.x == 0) ticket[peer] = sequence;
         }
         if (lane_ == 0) {
             operation_.launch = num_launches + 1;
             operation_.num_sends = num_sends + 1;
-            operation_.is_claimed = claim == num_sends;
             operation_.is_failed = 0;
-            if (claim != num_sends) ptx::add_relaxed_gpu(domain_.claims(direction_) + blockIdx.x, 0u - 1);  // somebody was faster
         }
         sends_ = true;
         arrive(credit_lane);
+        if (lane_ == 0) {
+            operation_.is_claimed = claim == num_sends;
+            if (claim != num_sends) ptx::add_relaxed_gpu(domain_.claims(direction_) + blockIdx.x, 0u - 1);  // somebody was faster
+        }
+        __syncwarp();
         if (__all_sync(kAllLanes, is_ready)) return;
         // Rarely: a peer is more than two operations behind. It may wait for our own credits meanwhile.
         post_and_advance();
@@ -421,6 +421,19 @@ public:
     }
 
 private:
+    struct PeerState {
+        uint32_t is_masked, sequence;
+        uint64_t arena;
+        uint64_t credits;  // what the peer has taken and emptied; an earlier kernel acquired it: an acquire here would delay the first store
+
+        __device__ void load(const Domain& domain, Direction direction, int peer) {
+            sequence = ptx::load_relaxed_gpu(domain.sequence(direction, peer));
+            arena = ptx::load_relaxed_gpu(domain.arena_word(peer));
+            credits = ptx::load_relaxed_gpu(domain.granted(direction, peer));
+            is_masked = domain.enable_shrink && peer != domain.rank ? ptx::load_relaxed_gpu(domain.masked(peer)) : 0;
+        }
+    };
+
     __device__ void post_and_advance() {
         if (is_settled_) return;
         is_settled_ = true;
@@ -442,7 +455,7 @@ private:
     __device__ void arrive(const CreditLane& credit_lane) {
         operation_.credit_lanes[lane_] = credit_lane;
         __syncwarp();
-        if (lane_ == 0) arrival_ = ptx::add_relaxed_gpu(domain_.readers(direction_), 1);
+        if (lane_ == 0) arrival_ = ptx::increment_relaxed_gpu(domain_.readers(direction_), gridDim.x - 1);
     }
 
     const Domain& domain_;
@@ -479,14 +492,19 @@ __device__ __noinline__ inline int claim_share(const Domain& domain, Direction d
     }
 }
 
-// By all senders: the next share to send, or -1. A share holds a barrier of the senders at least.
-__device__ __forceinline__ int next_share(const Domain& domain, Direction direction, Operation& operation) {
-    if (is_control_warp()) {
-        const int share = claim_share(domain, direction, operation);
-        if (threadIdx.x % 32 == 0) operation.next_share = share;
-    }
+// By all senders, each warp in its role: the next share to send, or -1. A share holds a barrier of the senders at least.
+__device__ __forceinline__ int next_share_as_worker(const Operation& operation) {
     send_barrier();
     return operation.next_share;
+}
+__device__ __forceinline__ int next_share_as_control(const Domain& domain, Direction direction, Operation& operation) {
+    const int share = claim_share(domain, direction, operation);
+    if (threadIdx.x % 32 == 0) operation.next_share = share;
+    send_barrier();
+    return share;
+}
+__device__ __forceinline__ int next_share(const Domain& domain, Direction direction, Operation& operation) {
+    return is_control_warp() ? next_share_as_control(domain, direction, operation) : next_share_as_worker(operation);
 }
 
 // --- statistics -----------------------------------------------------------------------------------------------------
