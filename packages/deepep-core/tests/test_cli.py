@@ -400,6 +400,18 @@ def test_doctor_finds_a_misspelt_variable(here: Path, monkeypatch: pytest.Monkey
     assert "DEEPEP_TIMEOUT_S" in facts["DEEPEP_TIMEOUT"].cure
 
 
+def test_doctor_finds_an_nvshmem_that_cannot_be_used_and_shows_its_variables(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NVSHMEM_DIR", str(here))
+    monkeypatch.setenv("NVSHMEM_IB_SL", "3")
+    facts = {fact.name: fact for fact in machine.examine()}
+    unusable = facts["NVSHMEM for backend nvshmem"]
+    assert unusable.level is machine.Level.AMISS and "has no lib/libnvshmem_host.so.3" in unusable.cause
+    assert unusable.cure == "Correct or unset it"
+    assert facts["NVSHMEM's variables"].found == "NVSHMEM_IB_SL=3"
+
+
 def test_doctor_json_has_cause_and_cure_together(here: Path) -> None:
     facts = json.loads(run("doctor --json").output)
     assert {"Versions", "Limits", "Backends"} <= {fact["section"] for fact in facts}

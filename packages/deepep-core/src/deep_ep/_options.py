@@ -25,7 +25,12 @@ def agree_on_options(
     result, refusal, own_error = None, "", None
     try:
         own, options, request = own_options()
-        options = replace(options, low_latency_sms=own.low_latency_sms, rdma_provider=own.rdma_provider or "auto")
+        options = replace(
+            options,
+            low_latency_sms=own.low_latency_sms,
+            rdma_provider=own.rdma_provider or "auto",
+            nvshmem=own.nvshmem,
+        )
         result = own, options, request
         text = " ".join(f"{name}={getattr(options, name)}" for name in _MUST_AGREE)
         timeout_s = options.timeout_s

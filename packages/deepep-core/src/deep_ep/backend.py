@@ -39,6 +39,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 
+from .settings import NvshmemSettings
+
 if TYPE_CHECKING:
     from .channel import Channel
 
@@ -151,7 +153,8 @@ class BufferOptions:
     Byte hints are V1's; a backend may need less or more and documents what it takes. ``symmetric_heap_bytes`` is the
     size of the memory that peers can reach, for backends that keep such; ``timeout_s`` the deadline of every wait.
     ``low_latency_sms``: SMs of low-latency kernels, ``None`` for the backend's choice; ``rdma_provider``: who executes
-    RDMA requests that kernels post, ``"auto"``, ``"software"`` or ``"nvshmem"``. Both come from the settings.
+    RDMA requests that kernels post, ``"auto"``, ``"software"`` or ``"nvshmem"``; ``nvshmem``: how NVSHMEM is started.
+    These three come from the settings.
     """
 
     num_nvl_bytes: int = 0
@@ -167,6 +170,7 @@ class BufferOptions:
     timeout_s: float = 100.0
     low_latency_sms: int | None = None
     rdma_provider: str = "auto"
+    nvshmem: NvshmemSettings = field(default_factory=NvshmemSettings)
 
 
 # --- normal mode ----------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 import torch.distributed as dist
 
-from . import registry, settings, sizing, topology, validation
+from . import internode_model, registry, settings, sizing, topology, validation
 from ._low_latency import LowLatencyCalls
 from ._normal_mode import DEFAULT_NUM_SMS, NormalCalls
 from ._options import DEFAULT_TIMEOUT_S, agree_on_options, ll_reduce_of, timeout_of
@@ -296,7 +296,10 @@ class Buffer(NormalCalls, LowLatencyCalls):
 
     @staticmethod
     def get_dispatch_config(num_ranks: int) -> Config:
-        """`Config` for dispatch: as ``deepep tune`` wrote it for this many ranks, else the default. Any rank count."""
+        """`Config` for dispatch: as ``deepep tune`` wrote it for this many ranks, else the default. Any rank count.
+
+        The default for more ranks than one node holds follows from a model of the links (`deep_ep.internode_model`).
+        """
         return _tuned("dispatch", num_ranks)
 
     @staticmethod
@@ -344,7 +347,7 @@ class Buffer(NormalCalls, LowLatencyCalls):
         return view if size is None else view.view(size)
 
 
-def _tuned(operation: str, num_ranks: int) -> Config:
+def _tuned(operation: internode_model.Operation, num_ranks: int) -> Config:
     validation.integer(num_ranks, "num_ranks", f"get_{operation}_config", least=1)
     try:
         row = settings.load().tuning.get(operation, {}).get(num_ranks, {})
@@ -352,4 +355,8 @@ def _tuned(operation: str, num_ranks: int) -> Config:
         logger.warning("configuration is unreadable; using default %s settings", operation, exc_info=True)
         row = {}
     fields = {name: row[name] for name in Config.__dataclass_fields__ if name in row}
-    return Config(**{"num_sms": Buffer.num_sms, **fields})
+    default = internode_model.default_config(operation, num_ranks)
+    num_sms = Buffer.num_sms
+    if not Buffer._num_sms_was_set:
+        num_sms = min(num_sms, default.get("num_sms", num_sms))
+    return Config(**{**default, "num_sms": num_sms, **fields})

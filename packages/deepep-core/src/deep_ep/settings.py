@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ else:
 DEFAULT_FILE = "deepep.toml"
 MODES = ("normal", "low_latency")
 RDMA_PROVIDERS = ("auto", "software", "nvshmem")
+NVSHMEM_TRANSPORTS = ("ibrc", "ibgda", "ibdevx", "ucx", "libfabric", "none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +39,23 @@ class Variable:
 def _positive_int(text: str) -> int:
     value = int(text)
     if value <= 0:
+        raise ValueError(text)
+    return value
+
+
+def _int_between(least: int, most: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        value = int(text)
+        if not least <= value <= most:
+            raise ValueError(text)
+        return value
+
+    return parse
+
+
+def _power_of_two(text: str) -> int:
+    value = _positive_int(text)
+    if value & (value - 1):
         raise ValueError(text)
     return value
 
@@ -125,12 +143,68 @@ VARIABLES: tuple[Variable, ...] = (
         parse=_one_of(*RDMA_PROVIDERS),
     ),
     Variable(
+        name="DEEPEP_NVSHMEM_WINDOW_MB",
+        accepts="a positive number of MiB",
+        meaning="backend nvshmem: memory for rows on their way to and from each other node, per buffer; the same on "
+        "every rank (16)",
+        parse=_positive_float,
+    ),
+    Variable(
+        name="DEEPEP_NVSHMEM_INTERFACE",
+        accepts="the name of a network interface",
+        meaning="where ranks meet while NVSHMEM starts, over TCP (NVSHMEM's choice)",
+        parse=str,
+    ),
+    Variable(
+        name="DEEPEP_NVSHMEM_TRANSPORT",
+        accepts="ibrc, ibgda, ibdevx, ucx, libfabric or none",
+        meaning="what NVSHMEM uses between hosts (NVSHMEM's choice)",
+        parse=_one_of(*NVSHMEM_TRANSPORTS),
+    ),
+    Variable(
+        name="DEEPEP_NVSHMEM_SERVICE_LEVEL",
+        accepts="an integer from 0 to 15",
+        meaning="InfiniBand service level of NVSHMEM's traffic (NVSHMEM's choice)",
+        parse=_int_between(0, 15),
+    ),
+    Variable(
+        name="DEEPEP_NVSHMEM_QUEUE_PAIRS",
+        accepts="a positive integer",
+        meaning="queue pairs from each rank to each other one, with the transport ibgda (NVSHMEM's choice)",
+        parse=_positive_int,
+    ),
+    Variable(
+        name="DEEPEP_NVSHMEM_QUEUE_DEPTH",
+        accepts="a power of two",
+        meaning="requests that a queue pair holds (NVSHMEM's choice)",
+        parse=_power_of_two,
+    ),
+    Variable(
+        name="DEEPEP_NVSHMEM_HEAP_MB",
+        accepts="a positive integer of MiB",
+        meaning="NVSHMEM's symmetric heap, where it cannot grow (NVSHMEM's choice)",
+        parse=_positive_int,
+    ),
+    Variable(
         name="DEEPEP_DEBUG",
         accepts="0 or 1",
         meaning="check values inside CUDA tensors too (expert numbers in range), at the price of a host wait",
         parse=_boolean,
     ),
 )
+
+
+@dataclass(frozen=True, kw_only=True)
+class NvshmemSettings:
+    """How NVSHMEM is started and what it carries, as in `VARIABLES`; ``None`` where nothing was said."""
+
+    window_mb: float | None = None
+    interface: str | None = None
+    transport: str | None = None
+    service_level: int | None = None
+    queue_pairs: int | None = None
+    queue_depth: int | None = None
+    heap_mb: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +215,7 @@ class Settings:
         backend: ``{"": name}`` for every mode the backend serves, or a name for each mode.
         ranks_per_node, symmetric_heap_mb, timeout_s, ll_reduce, low_latency_sms, rdma_provider, debug: as in
             `VARIABLES`.
+        nvshmem: everything about NVSHMEM.
         tuning: ``{"dispatch": {num_ranks: {field: value}}, "combine": ...}`` as ``deepep tune`` wrote it.
         source: where ``backend`` came from, for messages.
     """
@@ -153,6 +228,7 @@ class Settings:
     low_latency_sms: int | None = None
     rdma_provider: str | None = None
     debug: bool = False
+    nvshmem: NvshmemSettings = field(default_factory=NvshmemSettings)
     tuning: Mapping[str, Mapping[int, Mapping[str, int]]] = field(default_factory=dict)
     source: str = ""
 
@@ -198,6 +274,12 @@ def load(environ: Mapping[str, str] | None = None, directory: Path | None = None
         low_latency_sms=values.get("DEEPEP_LOW_LATENCY_SMS", main.get("low_latency_sms")),
         rdma_provider=values.get("DEEPEP_RDMA_PROVIDER", main.get("rdma_provider")),
         debug=values.get("DEEPEP_DEBUG", main.get("debug", False)),
+        nvshmem=NvshmemSettings(
+            **{
+                field.name: values.get(f"DEEPEP_NVSHMEM_{field.name.upper()}", table.get("nvshmem", {}).get(field.name))
+                for field in fields(NvshmemSettings)
+            }
+        ),
         tuning=table.get("tuning", {}),
         source=source,
     )
@@ -226,9 +308,9 @@ def _read_file(path: Path) -> dict[str, Any]:
         raise SettingError(f"configuration file {path} cannot be read: {error.strerror}.") from error
     except tomllib.TOMLDecodeError as error:
         raise SettingError(f"configuration file {path} is not TOML: {error}.") from error
-    unknown = set(table) - {"deepep", "tuning"}
+    unknown = set(table) - {"deepep", "nvshmem", "tuning"}
     if unknown:
-        raise SettingError(f"{path}: unknown table {sorted(unknown)[0]!r}; accepted: deepep, tuning.")
+        raise SettingError(f"{path}: unknown table {sorted(unknown)[0]!r}; accepted: deepep, nvshmem, tuning.")
     main = table.get("deepep", {})
     for key, value in main.items():
         if key not in _KEYS:
@@ -238,9 +320,26 @@ def _read_file(path: Path) -> dict[str, Any]:
             raise SettingError(f"{path}: {key} in [deepep] is {value!r}; it has to be {accepts}.")
     if isinstance(main.get("backend"), str):
         main["backend"] = {"": main["backend"]}
+    _check_nvshmem(path, table.get("nvshmem", {}))
     if "tuning" in table:
         table["tuning"] = _tuning(path, table["tuning"])
     return table
+
+
+def _check_nvshmem(path: Path, table: Mapping[str, Any]) -> None:
+    """What the table [nvshmem] may say is what the environment may say."""
+    accepted = [field.name for field in fields(NvshmemSettings)]
+    variables = {variable.name: variable for variable in VARIABLES}
+    for key, value in table.items():
+        if key not in accepted:
+            raise SettingError(f"{path}: unknown key {key!r} in [nvshmem]; accepted: {', '.join(accepted)}.")
+        variable = variables[f"DEEPEP_NVSHMEM_{key.upper()}"]
+        try:
+            is_accepted = type(value) in (int, float, str) and value != "" and variable.parse(str(value)) == value
+        except ValueError:
+            is_accepted = False
+        if not is_accepted:
+            raise SettingError(f"{path}: {key} in [nvshmem] is {value!r}; it has to be {variable.accepts}.")
 
 
 def _tuning(path: Path, table: Any) -> dict[str, dict[int, dict[str, int]]]:

@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from .. import registry, settings
-from ..errors import DeepEPError
+from .. import nvshmem_runtime, registry, settings
+from ..errors import BackendUnavailableError, DeepEPError
 
 
 class Level(enum.Enum):
@@ -277,11 +277,14 @@ def _read(path: Path) -> str:
 # --- NVSHMEM, NCCL, torch.distributed -------------------------------------------------------------------------------
 
 
+_NVSHMEM_WHEELS = ("nvidia-nvshmem-cu13", "nvidia-nvshmem-cu12")
+
+
 def _communication_libraries() -> Iterator[Fact]:
     section = "Communication libraries"
     for library, wheels in (
         ("NCCL", ("nvidia-nccl-cu13", "nvidia-nccl-cu12")),
-        ("NVSHMEM", ("nvidia-nvshmem-cu13", "nvidia-nvshmem-cu12")),
+        ("NVSHMEM", _NVSHMEM_WHEELS),
     ):
         found = [f"{wheel} {version}" for wheel in wheels if (version := installed_version(wheel))]
         if library == "NVSHMEM" and (directory := os.environ.get("NVSHMEM_DIR")):
@@ -301,10 +304,34 @@ def _communication_libraries() -> Iterator[Fact]:
                 cause=f"wheels of {library} for two CUDA versions are installed",
                 cure="keep the one for the CUDA version of torch",
             )
+    yield from _nvshmem()
     if torch.cuda.device_count() and dist.is_available() and dist.is_nccl_available():
         with contextlib.suppress(Exception):
             version = ".".join(map(str, torch.cuda.nccl.version()))
             yield Fact(section=section, name="NCCL that torch uses", found=version)
+
+
+def _nvshmem() -> Iterator[Fact]:
+    """Whether NVSHMEM is one that the backend of that name can use, and what the environment tells it."""
+    section = "Communication libraries"
+    is_wanted = "NVSHMEM_DIR" in os.environ or any(map(installed_version, _NVSHMEM_WHEELS))
+    try:
+        nvshmem_runtime.load_library()
+    except BackendUnavailableError as error:
+        cause, _, cure = str(error).partition(". ")
+        if is_wanted:
+            yield Fact(
+                section=section,
+                name="NVSHMEM for backend nvshmem",
+                found="unusable",
+                level=Level.AMISS,
+                cause=cause,
+                cure=cure.rstrip("."),
+            )
+    given = [f"{name}={value}" for name, value in sorted(os.environ.items()) if name.startswith("NVSHMEM_")]
+    given = [text for text in given if not text.startswith("NVSHMEM_DIR=")]
+    if given:
+        yield Fact(section=section, name="NVSHMEM's variables", found=", ".join(given), level=Level.NOTE)
 
 
 def _distributed() -> Iterator[Fact]:

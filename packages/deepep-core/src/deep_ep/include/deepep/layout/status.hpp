@@ -31,6 +31,8 @@ enum class Phase : uint32_t {
     kIndex = 12,    // waiting for a peer's index of its rows
     kRow = 13,      // waiting for the words of a peer's row
     kWeights = 14,  // waiting for a peer's top-k weights
+    kWindow = 15,   // waiting for rows from another node
+    kRequest = 16,  // waiting for another node to ask for rows
 };
 
 enum class ErrorKind : uint32_t {

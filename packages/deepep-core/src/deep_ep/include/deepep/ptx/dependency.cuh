@@ -11,11 +11,5 @@ __device__ __forceinline__ void wait_for_prerequisites() {
     asm volatile("griddepcontrol.wait;" ::: "memory");
 #endif
 }
-// The next kernel of the stream may take up its blocks once all blocks of this one have come here; it waits as above for this one's end.
-__device__ __forceinline__ void launch_dependents() {
-#if DEEPEP_HAS_BULK
-    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
-#endif
-}
 
 }  // namespace deepep::ptx

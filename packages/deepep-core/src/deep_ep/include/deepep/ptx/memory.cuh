@@ -49,6 +49,13 @@ __device__ __forceinline__ uint32_t add_relaxed_gpu(uint32_t* address, uint32_t 
     asm volatile("atom.add.relaxed.gpu.global.u32 %0, [%1], %2;" : "=r"(before) : "l"(address), "r"(value) : "memory");
     return before;
 }
+// Adds one; `largest` is followed by zero. Plain additions are gathered over a warp by the compiler, which then waits for the result at once; this one's
+// result is waited for where it is used.
+__device__ __forceinline__ uint32_t increment_relaxed_gpu(uint32_t* address, uint32_t largest) {
+    uint32_t before;
+    asm volatile("atom.inc.relaxed.gpu.global.u32 %0, [%1], %2;" : "=r"(before) : "l"(address), "r"(largest) : "memory");
+    return before;
+}
 __device__ __forceinline__ uint32_t exchange_relaxed_gpu(uint32_t* address, uint32_t value) {
     uint32_t before;
     asm volatile("atom.exch.relaxed.gpu.global.b32 %0, [%1], %2;" : "=r"(before) : "l"(address), "r"(value) : "memory");
