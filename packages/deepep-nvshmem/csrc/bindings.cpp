@@ -1,42 +1,14 @@
 // The extension's table of contents. Addresses and streams arrive as integers; nothing is decided here.
-#include <pybind11/pybind11.h>
-#include <pybind11/stl.h>
-
 #include "arena.hpp"
+#include "bind_shared.hpp"
 #include "deepep/memory/symmetric.hpp"
 #include "runtime.hpp"
 
-namespace py = pybind11;
-using namespace py::literals;
 using namespace deepep;
 using namespace deepep::nvlink;
+using namespace py::literals;
 
 namespace {
-
-template <class T>
-T* pointer(uint64_t address) {
-    return reinterpret_cast<T*>(address);
-}
-cudaStream_t stream_of(uint64_t handle) { return reinterpret_cast<cudaStream_t>(handle); }
-
-void fill_fields(NotifyArgs& args, const std::vector<uint32_t>& fields) {
-    if (fields.size() > kNumHeaderFields)
-        throw ArgumentError("fields has " + std::to_string(fields.size()) + " entries; a header carries at most " + std::to_string(kNumHeaderFields) + ".");
-    for (size_t i = 0; i < fields.size(); ++i) args.fields[i] = fields[i];
-}
-
-const char* name_of(ErrorKind kind) {
-    static const char* const names[] = {"none", "timeout", "aborted", "peer_failed", "mismatch", "bad_count", "overflow", "layout_mismatch"};
-    return names[static_cast<uint32_t>(kind)];
-}
-const char* name_of(Op op) {
-    static const char* const names[] = {"none", "notify", "dispatch", "combine"};
-    return names[static_cast<uint32_t>(op)];
-}
-const char* name_of(Phase phase) {
-    static const char* const names[] = {"none", "header", "counts", "ready", "done", "read_done", "slot_full", "slot_free", "rows"};
-    return names[static_cast<uint32_t>(phase)];
-}
 
 void bind_memory(py::module_& m) {
     py::class_<Arena>(m, "Arena", py::module_local())
@@ -70,30 +42,10 @@ void bind_records(py::module_& m) {
     py::class_<Counts>(m, "Counts")
         .def_readonly("num_recv_tokens", &Counts::num_recv_tokens)
         .def_readonly("num_recv_tokens_per_expert", &Counts::num_recv_tokens_per_expert)
-        .def_property_readonly("headers",
-                               [](const Counts& counts) {
-                                   py::list headers;
-                                   for (const auto& header : counts.headers) headers.append(py::tuple(py::cast(header)));
-                                   return headers;
-                               })
+        .def_property_readonly("headers", [](const Counts& counts) { return list_of_headers(counts.headers); })
         .def_readonly("mismatch_mask", &Counts::mismatch_mask)
         .def_readonly("bad_count_mask", &Counts::bad_count_mask);
-    py::class_<ErrorRecord>(m, "ErrorRecord", py::module_local())
-        .def_property_readonly("kind", [](const ErrorRecord& e) { return name_of(static_cast<ErrorKind>(e.kind)); })
-        .def_property_readonly("op", [](const ErrorRecord& e) { return name_of(static_cast<Op>(e.op)); })
-        .def_property_readonly("phase", [](const ErrorRecord& e) { return name_of(static_cast<Phase>(e.phase)); })
-        .def_readonly("rank", &ErrorRecord::rank)
-        .def_readonly("peer", &ErrorRecord::peer)
-        .def_readonly("epoch", &ErrorRecord::epoch)
-        .def_readonly("seen", &ErrorRecord::seen)
-        .def_readonly("expected", &ErrorRecord::expected)
-        .def_readonly("elapsed_ns", &ErrorRecord::elapsed_ns)
-        .def("__repr__", [](const ErrorRecord& e) {
-            return std::string("ErrorRecord(") + name_of(static_cast<ErrorKind>(e.kind)) + " in " + name_of(static_cast<Op>(e.op)) + "/" +
-                   name_of(static_cast<Phase>(e.phase)) + ": rank " + std::to_string(e.rank) + ", peer " + std::to_string(e.peer) + ", epoch " +
-                   std::to_string(e.epoch) + ", seen " + std::to_string(e.seen) + ", expected " + std::to_string(e.expected) + ", after " +
-                   std::to_string(e.elapsed_ns) + " ns)";
-        });
+    bind_error_record(m);
 }
 
 void bind_runtime(py::module_& m) {
@@ -265,10 +217,7 @@ void bind_fabric(py::module_& m) {
 
 PYBIND11_MODULE(_nvlink, m) {
     m.doc() = "Native side of the backend nvlink; csrc/README.md describes every call.";
-    // Local, like the classes of core's headers: several extensions of this library may be loaded in one process.
-    auto native_error = py::register_local_exception<NativeError>(m, "NativeError", PyExc_RuntimeError);
-    py::register_local_exception<DriverError>(m, "DriverError", native_error.ptr());
-    py::register_local_exception<ArgumentError>(m, "ArgumentError", native_error.ptr());
+    bind_exceptions(m);
     m.attr("MAX_RANKS") = kMaxRanks;
     m.attr("MAX_TOPK") = kMaxTopk;
     m.attr("NUM_HEADER_FIELDS") = kNumHeaderFields;

@@ -1,49 +1,11 @@
 #include "runtime.hpp"
 
-#include <sched.h>
-
-#include <atomic>
-#include <chrono>
-#include <cstring>
 #include <limits>
-
-#include "deepep/memory/symmetric.hpp"
 
 namespace deepep::nvlink {
 namespace {
 
-constexpr uint64_t kDefaultTimeoutNs = 100ull * 1000 * 1000 * 1000;
 constexpr int64_t kMaxTokens = 1 << 28;  // of one rank, and rows of one output: sums over eight ranks stay in int32
-
-// Makes a device current for one call and restores the caller's.
-class DeviceGuard {
-public:
-    explicit DeviceGuard(int device) {
-        check_runtime(cudaGetDevice(&previous_), "asking for the current CUDA device");
-        if (previous_ != device) {
-            check_runtime(cudaSetDevice(device), "selecting CUDA device " + std::to_string(device));
-            changed_ = true;
-        }
-    }
-    ~DeviceGuard() {
-        if (changed_) static_cast<void>(cudaSetDevice(previous_));
-    }
-
-private:
-    int previous_ = 0;
-    bool changed_ = false;
-};
-
-void require(bool is_good, const std::string& text) {
-    if (!is_good) throw ArgumentError(text);
-}
-
-template <class T>
-T read_shared(const T& field) {
-    return *const_cast<const volatile T*>(&field);
-}
-
-bool is_aligned(const void* pointer, int64_t unit) { return reinterpret_cast<uintptr_t>(pointer) % unit == 0; }
 
 void require_rows(const char* op, int64_t num_row_bytes, int64_t num_tokens, int num_topk) {
     const std::string where = std::string(op) + ": ";
@@ -107,31 +69,12 @@ Runtime::Runtime(const RuntimeConfig& config) : config_(config), domain_{} {
     check_runtime(prepare_dispatch(has_bulk_), "loading the dispatch kernel");
     check_runtime(prepare_combine(has_bulk_), "loading the combine kernel");
 
-    void* page = nullptr;
-    const size_t num_page_bytes = sizeof(HostControl) + sizeof(int32_t) * static_cast<size_t>(config.max_local_experts);
-    check_runtime(cudaHostAlloc(&page, num_page_bytes, cudaHostAllocPortable | cudaHostAllocMapped), "allocating the pinned status page");
-    std::memset(page, 0, num_page_bytes);
-    domain_.host = static_cast<HostControl*>(page);
-    domain_.host_experts = reinterpret_cast<int32_t*>(domain_.host + 1);
-    domain_.host->timeout_ns = kDefaultTimeoutNs;
-    try {
-        check_runtime(cudaMemset(domain_.arenas[config.rank], 0, static_cast<size_t>(domain_.window.num_signal_bytes())), "clearing the window");
-        check_runtime(cudaDeviceSynchronize(), "clearing the window");
-    } catch (...) {
-        close();
-        throw;
-    }
+    page_.open(static_cast<int64_t>(sizeof(int32_t)) * config.max_local_experts);
+    domain_.host = page_.control();
+    domain_.host_experts = reinterpret_cast<int32_t*>(page_.more());
+    check_runtime(cudaMemset(domain_.arenas[config.rank], 0, static_cast<size_t>(domain_.window.num_signal_bytes())), "clearing the window");
+    check_runtime(cudaDeviceSynchronize(), "clearing the window");
 }
-
-Runtime::~Runtime() { close(); }
-
-void Runtime::close() noexcept {
-    if (domain_.host == nullptr) return;
-    static_cast<void>(cudaFreeHost(domain_.host));
-    domain_.host = nullptr;
-}
-
-void Runtime::require_open() const { require(domain_.host != nullptr, "this runtime has been closed."); }
 
 int Runtime::num_local_experts(int num_experts) const {
     require(num_experts > 0 && num_experts % config_.num_ranks == 0,
@@ -153,42 +96,17 @@ bool Runtime::is_symmetric(uint64_t address, int64_t num_bytes) const {
     return address >= base && extent_fits(static_cast<int64_t>(address - base), num_bytes, 1, domain_.window.num_bytes(), domain_.num_arena_bytes);
 }
 
-void Runtime::set_timeout_ns(uint64_t timeout_ns) {
-    require_open();
-    *const_cast<volatile uint64_t*>(&domain_.host->timeout_ns) = timeout_ns;
-}
-void Runtime::abort() {
-    require_open();
-    *const_cast<volatile uint32_t*>(&domain_.host->is_aborted) = 1;
-}
-void Runtime::clear_abort() {
-    require_open();
-    *const_cast<volatile uint32_t*>(&domain_.host->is_aborted) = 0;
-}
-
-std::optional<ErrorRecord> Runtime::error() const {
-    require_open();
-    if (read_shared(domain_.host->error.generation) != read_shared(domain_.host->error_generation) + 1) return std::nullopt;
-    std::atomic_thread_fence(std::memory_order_acquire);  // pairs with the device's release of `generation`
-    return domain_.host->error;
-}
-
-void Runtime::clear_error() {
-    require_open();
-    if (error()) *const_cast<volatile uint32_t*>(&domain_.host->error_generation) = domain_.host->error_generation + 1;
-}
-
 void Runtime::reset(cudaStream_t stream) {
-    require_open();
+    page_.require_open();
     const DeviceGuard guard(config_.device);
     check_runtime(cudaMemsetAsync(domain_.arenas[config_.rank], 0, static_cast<size_t>(domain_.window.num_signal_bytes()), stream), "resetting the window");
     check_runtime(cudaStreamSynchronize(stream), "resetting the window");
-    clear_error();
-    clear_abort();
+    page_.clear_error();
+    page_.set_aborted(false);
 }
 
 void Runtime::layout(LayoutArgs args, cudaStream_t stream) {
-    require_open();
+    page_.require_open();
     require_rows("layout", 16, args.num_tokens, args.num_topk);
     num_local_experts(args.num_experts);
     args.domain = domain_;
@@ -197,7 +115,7 @@ void Runtime::layout(LayoutArgs args, cudaStream_t stream) {
 }
 
 void Runtime::notify(NotifyArgs args, cudaStream_t stream) {
-    require_open();
+    page_.require_open();
     require_rows("notify", 16, args.num_tokens, 0);
     require(args.expert_alignment >= 1, "notify: expert_alignment is " + std::to_string(args.expert_alignment) + "; accepted are 1 and more.");
     if (args.status == kStatusValid)
@@ -210,30 +128,18 @@ void Runtime::notify(NotifyArgs args, cudaStream_t stream) {
     num_dispatch_experts_ = args.num_experts;
 }
 
-bool Runtime::wait_for_ticket(uint32_t ticket, double timeout_s) const {
-    const CountsRecord& record = domain_.host->counts;
-    const auto deadline = std::chrono::steady_clock::now() + std::chrono::duration<double>(timeout_s);
-    for (uint64_t poll = 1; read_shared(record.ticket) != ticket; ++poll) {
-        if (poll % 4096 != 0) continue;
-        if (std::chrono::steady_clock::now() > deadline) return false;
-        sched_yield();
-    }
-    std::atomic_thread_fence(std::memory_order_acquire);  // pairs with the device's release of `ticket`
-    return true;
-}
-
 bool Runtime::wait_for_rows(const AwaitedCounts& awaited, int64_t capacity) const {
-    if (!wait_for_ticket(awaited.ticket, awaited.timeout_s)) return false;
     const CountsRecord& record = domain_.host->counts;
-    return record.mismatch_mask == 0 && record.bad_count_mask == 0 && !error() && record.num_recv_tokens >= awaited.least_rows &&
+    if (!wait_for_ticket(record.ticket, awaited.ticket, awaited.timeout_s)) return false;
+    return record.mismatch_mask == 0 && record.bad_count_mask == 0 && !page_.error() && record.num_recv_tokens >= awaited.least_rows &&
            record.num_recv_tokens <= capacity;
 }
 
 std::optional<Counts> Runtime::wait_counts(uint32_t ticket, double timeout_s) const {
-    require_open();
+    page_.require_open();
     require(ticket != 0, "wait_counts: ticket 0 stands for no publication; use another number.");
-    if (!wait_for_ticket(ticket, timeout_s)) return std::nullopt;
     const CountsRecord& record = domain_.host->counts;
+    if (!wait_for_ticket(record.ticket, ticket, timeout_s)) return std::nullopt;
     Counts counts{};
     counts.num_recv_tokens = record.num_recv_tokens;
     counts.mismatch_mask = record.mismatch_mask;
@@ -246,7 +152,7 @@ std::optional<Counts> Runtime::wait_counts(uint32_t ticket, double timeout_s) co
 }
 
 const char* Runtime::dispatch(DispatchArgs args, int64_t num_row_bytes, int num_experts, const Tuning& tuning, const AwaitedCounts& awaited, cudaStream_t stream) {
-    require_open();
+    page_.require_open();
     require_rows("dispatch", num_row_bytes, args.num_tokens, args.num_topk);
     require(args.capacity >= 0 && args.capacity <= std::numeric_limits<int32_t>::max(),
             "dispatch: capacity is " + std::to_string(args.capacity) + " rows; accepted are 0 to 2^31 - 1.");
@@ -311,7 +217,7 @@ const char* Runtime::dispatch(DispatchArgs args, int64_t num_row_bytes, int num_
 }
 
 const char* Runtime::combine(CombineArgs args, int64_t num_row_bytes, const Tuning& tuning, cudaStream_t stream) {
-    require_open();
+    page_.require_open();
     require_rows("combine", num_row_bytes, args.num_tokens, args.num_topk);
     require(args.num_recv_tokens >= 0 && args.num_recv_tokens <= std::numeric_limits<int32_t>::max(),
             "combine: num_recv_tokens is " + std::to_string(args.num_recv_tokens) + ".");

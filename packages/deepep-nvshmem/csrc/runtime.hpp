@@ -8,6 +8,7 @@
 #include <string>
 #include <vector>
 
+#include "host_support.hpp"
 #include "kernels/kernels.hpp"
 
 namespace deepep::nvlink {
@@ -51,19 +52,18 @@ public:
     explicit Runtime(const RuntimeConfig& config);
     Runtime(const Runtime&) = delete;
     Runtime& operator=(const Runtime&) = delete;
-    ~Runtime();
 
     static int64_t window_bytes(int num_ranks, int max_local_experts, int64_t num_staging_bytes);
 
     void set_arena_bytes(int64_t num_bytes);
     bool is_symmetric(uint64_t address, int64_t num_bytes) const;
-    void set_timeout_ns(uint64_t timeout_ns);
-    void abort();
-    void clear_abort();
-    std::optional<ErrorRecord> error() const;
-    void clear_error();
+    void set_timeout_ns(uint64_t timeout_ns) { page_.set_timeout_ns(timeout_ns); }
+    void abort() { page_.set_aborted(true); }
+    void clear_abort() { page_.set_aborted(false); }
+    std::optional<ErrorRecord> error() const { return page_.error(); }
+    void clear_error() { page_.clear_error(); }
     void reset(cudaStream_t stream);
-    void close() noexcept;
+    void close() noexcept { page_.close(); }
 
     // The structs arrive with the caller's pointers and sizes; the runtime adds the domain and everything it decides.
     void layout(LayoutArgs args, cudaStream_t stream);
@@ -76,12 +76,11 @@ public:
     const char* combine(CombineArgs args, int64_t num_row_bytes, const Tuning& tuning, cudaStream_t stream);
 
 private:
-    void require_open() const;
     int num_local_experts(int num_experts) const;
-    bool wait_for_ticket(uint32_t ticket, double timeout_s) const;
     bool wait_for_rows(const AwaitedCounts& awaited, int64_t capacity) const;
 
     RuntimeConfig config_;
+    StatusPage page_;
     Domain domain_;
     int num_device_sms_ = 0;
     bool has_bulk_ = false;

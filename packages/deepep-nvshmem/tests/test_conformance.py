@@ -1,4 +1,4 @@
-"""The backend ``nvlink`` passes the shared suite: one GPU per rank, and several ranks on whatever GPUs there are."""
+"""Both backends pass the shared suite: ``nvlink`` on one node, ``nvshmem`` on several virtual ones."""
 
 from __future__ import annotations
 
@@ -43,3 +43,37 @@ class TestLifecycle(LifecycleConformance):
     backend = "nvlink"
     device = "cuda"
     rank_counts = (2,)
+
+
+@pytest.mark.gpu(4)
+class TestNormalModeOnTwoNodesOfTwo(NormalModeConformance):
+    """Between the nodes rows go through NVSHMEM only."""
+
+    backend = "nvshmem"
+    device = "cuda"
+    rank_counts = (4,)
+    ranks_per_node = 2
+
+
+@pytest.mark.gpu(4)
+class TestNormalModeOnFourNodesOfOne(NormalModeConformance):
+    backend = "nvshmem"
+    device = "cuda"
+    rank_counts = (4,)
+    ranks_per_node = 1
+
+
+@pytest.mark.gpu(4)
+class TestErrorsAcrossNodes(ErrorConformance):
+    backend = "nvshmem"
+    device = "cuda"
+    rank_counts = (4,)
+    ranks_per_node = 2
+
+
+@pytest.mark.gpu(4)
+class TestLifecycleAcrossNodes(LifecycleConformance):
+    backend = "nvshmem"
+    device = "cuda"
+    rank_counts = (4,)
+    ranks_per_node = 2

@@ -42,10 +42,11 @@ def test_blocks_that_waste_a_fifth_are_replaced(capacity: int) -> None:
 
 @pytest.mark.parametrize("num_rows", [0, 1, 7, 10])
 @pytest.mark.parametrize("has_scales", [True, False])
-def test_cutting_keeps_memory_and_first_rows(num_rows: int, has_scales: bool) -> None:
+@pytest.mark.parametrize("source_shape", [(), (2,)])
+def test_cutting_keeps_memory_and_first_rows(num_rows: int, has_scales: bool, source_shape: tuple[int, ...]) -> None:
     x = torch.zeros((4, 32), dtype=torch.float8_e4m3fn if has_scales else torch.bfloat16)
     request = DispatchRequest(x=x, scales=torch.zeros((4, 2)) if has_scales else None)
-    outputs = Outputs.allocate(request, 10, 3, with_source=True)
+    outputs = Outputs.allocate(request, 10, 3, source_shape=source_shape)
     tensors = [t for t in outputs[1:] if t is not None]
     assert len(tensors) == (5 if has_scales else 4)
     for tensor in tensors:

@@ -7,6 +7,7 @@
 // Before: send_head and rank_prefix hold this routing (notify, or an earlier dispatch). No store lands before the destination's READY was
 // seen; the kernel ends when all rows for this rank have arrived. Rows are claimed and finished before anything but READY is awaited, so one
 // resident block is enough.
+#include "completion.cuh"
 #include "deepep/ptx/bulk.cuh"
 #include "staged_dispatch.cuh"
 
@@ -16,7 +17,6 @@ namespace {
 constexpr int kOp = static_cast<int>(Op::kDispatch);
 constexpr int kMaxThreads = kMaxDispatchWarps * 32;
 [[maybe_unused]] constexpr int kStageAlignment = 128;
-constexpr uint32_t kDoneGood = 1, kDoneFailed = 2;
 
 struct Shared {
     Handshake handshake;
@@ -277,32 +277,12 @@ __device__ void check_capacities(const DispatchArgs& args, const WaitContext& co
     if (wanted > capacity) report_error(context, ErrorKind::kOverflow, Phase::kRows, dst_rank, wanted, capacity, 0);
 }
 
-// The block that finishes last tells every rank that this one's rows have landed, and waits for the same from them.
+// The block that finishes last leaves the claims as the next operation wants them.
 __device__ void finish(const DispatchArgs& args, const WaitContext& context, Shared& shared) {
-    const Domain& domain = args.domain;
-    DeviceState* state = context.state;
-    __syncthreads();
-    // The barrier joins the block's stores to thread 0; acq_rel arrivals join the blocks; the release below passes all of it to the peers.
-    if (threadIdx.x == 0) shared.is_last = ptx::add_acq_rel_gpu(&state->arrivals[kOp], 1) == gridDim.x - 1;
-    __syncthreads();
-    if (!shared.is_last) return;
-    if (static_cast<int>(threadIdx.x) < domain.num_ranks) {
-        const int peer = threadIdx.x;
-        const uint32_t outcome = has_failed(context) ? kDoneFailed : kDoneGood;
-        ptx::store_release_sys(domain.window.done(domain.arenas[peer], Op::kDispatch, domain.rank), signal_word(context.epoch, outcome));
-        const uint64_t* word = domain.window.done(domain.arenas[domain.rank], Op::kDispatch, peer);
-        uint32_t value = 0;
-        // Acquires the peer's rows for whatever follows this kernel.
-        if (wait_signal<true>(context, word, context.epoch, Phase::kDone, peer, &value) && value != kDoneGood)
-            report_error(context, ErrorKind::kPeerFailed, Phase::kDone, peer, value, kDoneGood, 0);
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        for (uint32_t& claims : state->push_claims) ptx::store_relaxed_gpu(&claims, 0);
-        for (uint32_t& claims : state->pull_claims) ptx::store_relaxed_gpu(&claims, 0);
-        ptx::store_relaxed_gpu(&state->arrivals[kOp], 0);
-        ptx::store_relaxed_gpu(&state->epochs[kOp], context.epoch);
-    }
+    if (!exchange_done(args.domain, context, shared.is_last) || threadIdx.x != 0) return;
+    for (uint32_t& claims : context.state->push_claims) ptx::store_relaxed_gpu(&claims, 0);
+    for (uint32_t& claims : context.state->pull_claims) ptx::store_relaxed_gpu(&claims, 0);
+    end_operation(context);
 }
 
 __global__ void __launch_bounds__(kMaxThreads, 1) push_rows_kernel(const __grid_constant__ DispatchArgs args) {

@@ -107,12 +107,4 @@ cudaError_t launch_fabric(const FabricArgs& args, FabricDirection direction, int
     }
 }
 
-bool is_sm90_compiled() {
-#if defined(DISABLE_SM90_FEATURES)
-    return false;
-#else
-    return true;
-#endif
-}
-
 }  // namespace deepep::nvlink

@@ -174,6 +174,13 @@ cudaError_t prepare_notify();
 cudaError_t prepare_dispatch(bool has_bulk);
 cudaError_t prepare_combine(bool has_bulk);
 
-bool is_sm90_compiled();
+// Whether this build has the kernels' bulk copies.
+constexpr bool is_sm90_compiled() {
+#if defined(DISABLE_SM90_FEATURES)
+    return false;
+#else
+    return true;
+#endif
+}
 
 }  // namespace deepep::nvlink

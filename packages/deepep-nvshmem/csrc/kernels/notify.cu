@@ -8,14 +8,13 @@
 #include "deepep/ptx/memory.cuh"
 #include "deepep/sync/wait.cuh"
 #include "kernels.hpp"
+#include "token_tile.cuh"
 
 namespace deepep::nvlink {
 namespace {
 
 constexpr int kNumThreads = 512;
-constexpr int kNumWarps = kNumThreads / 32;
-constexpr int kTokensPerThread = 8;
-constexpr int kTileTokens = kNumThreads * kTokensPerThread;
+using Tile = TokenTile<kNumThreads>;
 static_assert(kMaxRanks * (kNumHeaderWords + kMaxRanks) <= kNumThreads, "one thread polls each header word and rank count");
 
 struct Shared {
@@ -24,7 +23,7 @@ struct Shared {
     int32_t prefix[kMaxRanks][kMaxRanks];  // inclusive over sources
     uint32_t mismatch_mask;
     uint32_t bad_count_mask;
-    int32_t warp_sums[kNumWarps];
+    int32_t warp_sums[Tile::kNumWarps];
     uint32_t is_last;
 };
 
@@ -146,40 +145,11 @@ __device__ void publish_counts(const NotifyArgs& args, const WaitContext& contex
     }
 }
 
-// A tile of tokens, eight neighbours to a thread: which of them go to dst_rank, and how many of the tile's go there before this thread's.
-struct Tile {
-    uint32_t mask;
-    int32_t before;
-    int32_t total;
-
-    __device__ static Tile scan(const NotifyArgs& args, Shared& shared, int64_t first, int dst_rank) {
-        const int num_ranks = args.domain.num_ranks;
-        const int lane = threadIdx.x % 32;
-        const int warp = threadIdx.x / 32;
-        uint32_t mask = 0;
-#pragma unroll
-        for (int i = 0; i < kTokensPerThread; ++i)
-            mask |= (first + i < args.num_tokens && args.is_token_in_rank[(first + i) * num_ranks + dst_rank] ? 1u : 0u) << i;
-        const int32_t mine = __popc(mask);
-        int32_t inclusive = mine;
-#pragma unroll
-        for (int offset = 1; offset < 32; offset *= 2) {
-            const int32_t other = __shfl_up_sync(~0u, inclusive, offset);
-            if (lane >= offset) inclusive += other;
-        }
-        __syncthreads();  // the previous tile's sums have been read
-        if (lane == 31) shared.warp_sums[warp] = inclusive;
-        __syncthreads();
-        int32_t warps_before = 0, total = 0;
-#pragma unroll
-        for (int i = 0; i < kNumWarps; ++i) {
-            const int32_t sum = shared.warp_sums[i];
-            warps_before += i < warp ? sum : 0;
-            total += sum;
-        }
-        return {mask, warps_before + inclusive - mine, total};
-    }
-};
+// The tile's tokens that go to dst_rank.
+__device__ Tile scan_tile(const NotifyArgs& args, Shared& shared, int64_t first, int dst_rank) {
+    return Tile::scan(shared.warp_sums, first, args.num_tokens,
+                      [&](int64_t token) { return args.is_token_in_rank[token * args.domain.num_ranks + dst_rank]; });
+}
 
 // Numbers the tokens that go to dst_rank in token order, behind the rows of the sources before this rank. The first tile was scanned while the
 // counts were on their way.
@@ -188,12 +158,12 @@ __device__ void number_tokens(const NotifyArgs& args, const WaitContext& context
     const int rank = args.domain.rank;
     const int32_t end = shared.prefix[rank][dst_rank];
     int32_t next = rank == 0 ? 0 : shared.prefix[rank - 1][dst_rank];
-    for (int64_t begin = 0; begin < args.num_tokens; begin += kTileTokens) {
-        const int64_t first = begin + static_cast<int64_t>(threadIdx.x) * kTokensPerThread;
-        if (begin > 0) tile = Tile::scan(args, shared, first, dst_rank);
+    for (int64_t begin = 0; begin < args.num_tokens; begin += Tile::kNumTokens) {
+        const int64_t first = begin + static_cast<int64_t>(threadIdx.x) * Tile::kTokensPerThread;
+        if (begin > 0) tile = scan_tile(args, shared, first, dst_rank);
         int32_t row = next + tile.before;
 #pragma unroll
-        for (int i = 0; i < kTokensPerThread; ++i) {
+        for (int i = 0; i < Tile::kTokensPerThread; ++i) {
             const bool is_in = tile.mask >> i & 1;
             // Rows beyond the announced number belong to somebody else; they are never used.
             if (first + i < args.num_tokens) args.send_head[(first + i) * num_ranks + dst_rank] = is_in && row < end ? row : -1;
@@ -219,7 +189,7 @@ __global__ void __launch_bounds__(kNumThreads, 1) exchange_counts_kernel(const _
     post_counts(args, context.epoch);
     Tile tile{};
     const bool is_numberer = dst_rank < domain.num_ranks && is_valid;
-    if (is_numberer) tile = Tile::scan(args, shared, static_cast<int64_t>(threadIdx.x) * kTokensPerThread, dst_rank);
+    if (is_numberer) tile = scan_tile(args, shared, static_cast<int64_t>(threadIdx.x) * Tile::kTokensPerThread, dst_rank);
     __syncthreads();
     collect_counts(args, context, shared);
     if (is_numberer)

@@ -1,8 +1,8 @@
-"""Kernel backends for normal mode: ``nvlink`` for the GPUs of one NVLink domain.
+"""Kernel backends for normal mode: ``nvlink`` for the GPUs of one NVLink domain, ``nvshmem`` for several nodes.
 
-Importing this package is cheap and touches no CUDA state; the native extension loads on first use.
+Importing this package is cheap and touches no CUDA state; native extensions and NVSHMEM load on first use.
 """
 
-from .backend import NvlinkBackend
+from .backend import NvlinkBackend, NvshmemBackend
 
-__all__ = ["NvlinkBackend"]
+__all__ = ["NvlinkBackend", "NvshmemBackend"]

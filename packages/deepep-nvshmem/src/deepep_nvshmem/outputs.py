@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -14,7 +15,10 @@ _SPARE_SHARE, _SPARE_ROWS = 5, 64
 
 
 class Outputs(NamedTuple):
-    """Blocks of ``capacity`` rows, which `cut` shortens to the rows that came."""
+    """Blocks of ``capacity`` rows, which `cut` shortens to the rows that came.
+
+    ``src_idx``: the source's token of each row, ``[capacity]``, or its rank and token, ``[capacity, 2]``.
+    """
 
     capacity: int
     x: torch.Tensor
@@ -24,17 +28,29 @@ class Outputs(NamedTuple):
     src_idx: torch.Tensor | None
 
     @staticmethod
-    def allocate(request: DispatchRequest, capacity: int, num_topk: int, *, with_source: bool) -> Outputs:
-        """New blocks, where torch allocates now."""
+    def allocate(
+        request: DispatchRequest,
+        capacity: int,
+        num_topk: int,
+        *,
+        source_shape: tuple[int, ...] | None,
+        empty: Callable[..., torch.Tensor] = torch.empty,
+    ) -> Outputs:
+        """New blocks, where torch allocates now.
+
+        Args:
+            source_shape: of one entry of ``src_idx``; ``None`` for no such block.
+            empty: makes a tensor, as `torch.empty` does.
+        """
         x, scales = request.x, request.scales
         device, hidden = x.device, x.shape[1]
         return Outputs(
             capacity,
-            torch.empty(capacity, hidden, dtype=x.dtype, device=device),
-            torch.empty(capacity, scales.shape[1], dtype=scales.dtype, device=device) if scales is not None else None,
-            torch.empty(capacity, num_topk, dtype=torch.int64, device=device) if num_topk else None,
-            torch.empty(capacity, num_topk, dtype=torch.float32, device=device) if num_topk else None,
-            torch.empty(capacity, dtype=torch.int32, device=device) if with_source else None,
+            empty((capacity, hidden), dtype=x.dtype, device=device),
+            empty((capacity, scales.shape[1]), dtype=scales.dtype, device=device) if scales is not None else None,
+            empty((capacity, num_topk), dtype=torch.int64, device=device) if num_topk else None,
+            empty((capacity, num_topk), dtype=torch.float32, device=device) if num_topk else None,
+            empty((capacity, *source_shape), dtype=torch.int32, device=device) if source_shape is not None else None,
         )
 
     def cut(self, num_rows: int) -> None:
@@ -47,7 +63,7 @@ class Outputs(NamedTuple):
             self.topk_idx.resize_(num_rows, num_topk)
             self.topk_weights.resize_(num_rows, num_topk)
         if self.src_idx is not None:
-            self.src_idx.resize_(num_rows)
+            self.src_idx.resize_(num_rows, *self.src_idx.shape[1:])
 
 
 def size_class(num_rows: int) -> int:

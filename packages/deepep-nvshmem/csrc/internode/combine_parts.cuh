@@ -1,0 +1,71 @@
+#pragma once
+// What both roles of combine across nodes share: who serves which slot, and a node's partial sum of one row.
+#include "deepep/ptx/memory.cuh"
+#include "deepep/sync/wait.cuh"
+#include "internode/combine_sums.cuh"
+#include "internode/kernels.hpp"
+#include "internode/network.cuh"
+#include "kernels/handshake.cuh"
+
+namespace deepep::internode {
+namespace {
+
+constexpr int kCombineOp = static_cast<int>(Op::kCombine);
+constexpr int kNumCombineWarps = 20;
+constexpr int kMaxCombineNodes = 64;
+constexpr int kNumBiases = 2;
+
+using PartialAddends = Addends<kMaxNodeRanks>;
+using ResultAddends = Addends<kNumBiases + kMaxCombineNodes>;
+
+// Everything that belongs to slot k (of any node, at either end of a stream) is served by block k % num_blocks. So block i of one rank needs
+// block i of other ranks and no other, and the lowest unfinished block of the group never waits for a block that is not running: blocks are
+// numbered in the order in which they start.
+struct BlockSlots {
+    int block;
+    int num_blocks;
+    int count;  // of one ring
+
+    __device__ BlockSlots(int block_number, int num_slots)
+        : block(block_number), num_blocks(gridDim.x), count(block_number < num_slots ? (num_slots - 1 - block_number) / num_blocks + 1 : 0) {}
+    __device__ int slot(int i) const { return block + i * num_blocks; }
+};
+
+// Sums a row over the ranks of this node that hold it, in rank order, into `out` (and its weights). `head` is the row at the rank that this lane
+// stands for, or -1. Called by a whole warp.
+__device__ __forceinline__ void sum_over_node(const CombineArgs& args, const WaitContext& context, const nvlink::Handshake& handshake,
+                                              PartialAddends& addends, int32_t head, uint8_t* out, float* out_weights) {
+    const int lane = threadIdx.x % 32;
+    const bool is_rank = lane < args.domain.group.ranks_per_node;
+    const nvlink::Grant& grant = handshake.grants[lane % kMaxNodeRanks];
+    const bool is_held = is_rank && head >= 0 && head < grant.num_rows;
+    if (is_rank && head >= grant.num_rows)  // num_rows is 0 or more
+        report_error(context, ErrorKind::kOverflow, Phase::kRows, args.domain.group.node() * args.domain.group.ranks_per_node + lane, head, grant.num_rows, 0);
+    const uint32_t mask = __ballot_sync(~0u, is_held);
+    __syncwarp();  // all lanes have read the list of the row before
+    if (is_held) {
+        const int place = __popc(mask & ((1u << lane) - 1));
+        addends.rows[place] = grant.rows + head * args.message.num_row_bytes;
+        addends.weights[place] = reinterpret_cast<const float*>(grant.weights) + static_cast<int64_t>(head) * args.num_topk;
+    }
+    __syncwarp();
+    // Reads across NVLink take microseconds: those of the weights (lane = choice) are under way while the rows are summed.
+    const int num_rows = __popc(mask);
+    float weights[kMaxNodeRanks];
+#pragma unroll
+    for (int i = 0; i < kMaxNodeRanks; ++i) weights[i] = lane < args.num_topk && i < num_rows ? addends.weights[i][lane] : 0.0f;
+    sum_rows(addends.rows, num_rows, static_cast<int>(args.message.num_row_bytes), out);
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < kMaxNodeRanks; ++i) sum = __fadd_rn(sum, weights[i]);  // adding +0 changes no sum that starts from +0
+    if (lane < args.num_topk) out_weights[lane] = sum;
+}
+
+// The row at each local rank of forwarded row f: lane r asks for rank r.
+__device__ __forceinline__ int32_t head_of(const CombineArgs& args, int64_t f) {
+    const int lane = threadIdx.x % 32;
+    return lane < args.domain.group.ranks_per_node ? args.send_nvl_head[f * kMaxNodeRanks + lane] : -1;
+}
+
+}  // namespace
+}  // namespace deepep::internode

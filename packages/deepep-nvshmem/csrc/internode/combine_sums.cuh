@@ -1,0 +1,88 @@
+#pragma once
+// The arithmetic of combine across nodes. Everything that is added up here is the same thing: a list of rows (and of top-k weights that go
+// with them), added in order from +0 in float32. A node's partial sum lists the rows of its ranks; a token's result lists its biases and the
+// partial sums of its nodes.
+#include "kernels/sum.cuh"
+
+namespace deepep::internode {
+namespace {
+
+using nvlink::Accumulator;
+using nvlink::load_vector;
+
+// What one warp adds up, in shared memory. Biases have no weights, so the two lists may differ in length.
+template <int kCapacity>
+struct Addends {
+    const uint8_t* rows[kCapacity];
+    const float* weights[kCapacity];
+};
+
+// The number of rows is a template argument so that all reads of several vectors are in flight before the first addition.
+template <int kNumRows>
+__device__ __forceinline__ void sum_listed_rows(const uint8_t* const* list, int num_bytes, uint8_t* out) {
+    constexpr int kUnroll = kNumRows <= 1 ? 7 : kNumRows == 2 ? 6 : kNumRows == 3 ? 4 : kNumRows == 4 ? 3 : kNumRows <= 6 ? 2 : 1;
+    const uint8_t* rows[kNumRows == 0 ? 1 : kNumRows];
+#pragma unroll
+    for (int i = 0; i < kNumRows; ++i) rows[i] = list[i];
+    for (int first = threadIdx.x % 32 * 16; first < num_bytes; first += kUnroll * 32 * 16) {
+        int4 vectors[kUnroll][kNumRows == 0 ? 1 : kNumRows];
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u)
+#pragma unroll
+            for (int i = 0; i < kNumRows; ++i)
+                if (first + u * 32 * 16 < num_bytes) vectors[u][i] = load_vector(rows[i] + first + u * 32 * 16);
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u) {
+            Accumulator sum;
+#pragma unroll
+            for (int i = 0; i < kNumRows; ++i) sum.add(vectors[u][i]);
+            if (first + u * 32 * 16 < num_bytes) *reinterpret_cast<int4*>(out + first + u * 32 * 16) = sum.rounded();
+        }
+    }
+}
+
+__device__ __forceinline__ void sum_many_rows(const uint8_t* const* list, int num_rows, int num_bytes, uint8_t* out) {
+    constexpr int kBatch = 4;
+    for (int byte = threadIdx.x % 32 * 16; byte < num_bytes; byte += 32 * 16) {
+        Accumulator sum;
+        for (int first = 0; first < num_rows; first += kBatch) {
+            int4 vectors[kBatch];
+#pragma unroll
+            for (int i = 0; i < kBatch; ++i)
+                if (first + i < num_rows) vectors[i] = load_vector(list[first + i] + byte);
+#pragma unroll
+            for (int i = 0; i < kBatch; ++i)
+                if (first + i < num_rows) sum.add(vectors[i]);
+        }
+        *reinterpret_cast<int4*>(out + byte) = sum.rounded();
+    }
+}
+
+// Called by a whole warp, behind a warp barrier after which the list is complete. `out` may be one of the rows.
+__device__ __noinline__ void sum_rows(const uint8_t* const* list, int num_rows, int num_bytes, uint8_t* out) {
+    switch (num_rows) {
+        case 0: return sum_listed_rows<0>(list, num_bytes, out);
+        case 1: return sum_listed_rows<1>(list, num_bytes, out);
+        case 2: return sum_listed_rows<2>(list, num_bytes, out);
+        case 3: return sum_listed_rows<3>(list, num_bytes, out);
+        case 4: return sum_listed_rows<4>(list, num_bytes, out);
+        case 5: return sum_listed_rows<5>(list, num_bytes, out);
+        case 6: return sum_listed_rows<6>(list, num_bytes, out);
+        case 7: return sum_listed_rows<7>(list, num_bytes, out);
+        case 8: return sum_listed_rows<8>(list, num_bytes, out);
+        default: return sum_many_rows(list, num_rows, num_bytes, out);
+    }
+}
+
+// Lane k sums choice k.
+__device__ __forceinline__ void sum_weights(const float* const* list, int num_rows, int num_topk, float* out) {
+    const int lane = threadIdx.x % 32;
+    if (lane >= num_topk) return;
+    float sum = 0.0f;
+#pragma unroll 4
+    for (int i = 0; i < num_rows; ++i) sum = __fadd_rn(sum, list[i][lane]);
+    out[lane] = sum;
+}
+
+}  // namespace
+}  // namespace deepep::internode

@@ -1,0 +1,329 @@
+// Dispatch across nodes: every token's row crosses to each other node once, to the rank there with the sender's local number, which stores it to
+// the ranks of its node that hold the token's experts; rows for the own node are stored there directly. All land in their final place.
+//
+// Send warps      pack rows into the send ring's slots and put the slots to the peers' receive rings (dispatch_send.cuh).
+// Deliver warps   bring rows (from the receive rings, or own ones) into shared-memory stages by bulk loads, and empty them by one bulk store per
+//                 destination rank; side data by ordinary stores (dispatch_rows.cuh). Without bulk copies the warp copies.
+// Before: notify (or an earlier dispatch) has said how many rows each stream carries and where they go. No row lands in an output before its
+// owner's READY was seen; the kernel ends when this rank's rows are out of its rings and all rows for this rank have arrived.
+//
+// No deadlock: delivering depends on data and on READY, which every rank posts before it waits for anything; sending depends on delivering
+// alone, and neither kind of warp waits for one stream while another can go on.
+#include "internode/dispatch_rows.cuh"
+#include "internode/dispatch_send.cuh"
+#include "kernels/completion.cuh"
+
+namespace deepep::internode {
+namespace {
+
+constexpr int kOp = static_cast<int>(Op::kDispatch);
+constexpr int kMaxThreads = kMaxDispatchWarps * 32;
+
+struct Shared {
+    nvlink::Handshake handshake;
+    uint32_t is_last;
+    int block;
+};
+
+// What a stage's row still needs when it is delivered.
+struct StagedItem {
+    int32_t forward_row;
+    int32_t src_rank;
+    int32_t part;
+    int32_t credited_slot;
+    int32_t chunk;
+};
+
+// Dynamic shared memory: the deliver warps' stages (or side parts), what they hold, the streams, the contexts' chunks.
+struct DynamicShared {
+    uint8_t* stages;
+    uint64_t* barriers;
+    StagedItem* items;
+    StreamShape* sent;
+    StreamShape* received;
+    int32_t* next_sent;
+    int32_t* next_received;
+
+    __device__ DynamicShared(const DispatchArgs& args, uint8_t* memory) {
+        const int num_stages = args.num_deliver_warps * args.num_stages, num_nodes = args.domain.group.num_nodes();
+        stages = memory;
+        barriers = reinterpret_cast<uint64_t*>(stages + static_cast<int64_t>(num_stages) * args.num_stage_bytes);
+        sent = reinterpret_cast<StreamShape*>(barriers + align_up(num_stages, 2));
+        received = sent + num_nodes;
+        items = reinterpret_cast<StagedItem*>(received + num_nodes);
+        next_sent = reinterpret_cast<int32_t*>(items + num_stages);
+        next_received = next_sent + args.num_block_contexts;
+    }
+};
+
+#if DEEPEP_HAS_BULK
+// One warp's ring of stages. Lane 0 issues every bulk copy.
+class DeliverWarp {
+public:
+    __device__ DeliverWarp(const DispatchArgs& args, const WaitContext& context, const nvlink::Handshake& handshake, const DynamicShared& dynamic, RowQueue& queue, int warp)
+        : args_(args), context_(context), handshake_(handshake), queue_(queue), lane_(threadIdx.x % 32) {
+        stages_ = dynamic.stages + static_cast<int64_t>(warp) * args.num_stages * args.num_stage_bytes;
+        barriers_ = dynamic.barriers + warp * args.num_stages;
+        items_ = dynamic.items + warp * args.num_stages;
+        side_begin_ = static_cast<int>(align_up(args.parts.num_part_bytes, 128));
+    }
+
+    // Fills the ring. Needs nothing from the ranks of this node, so it runs while their READY is on its way.
+    __device__ void start() {
+        if (lane_ == 0) {
+            for (int stage = 0; stage < args_.num_stages; ++stage) ptx::mbarrier_init(barriers_ + stage, 1);
+            ptx::fence_mbarrier_init();
+        }
+        __syncwarp();
+        fill();
+    }
+
+    __device__ void run() {
+        if (lane_ == 0) ptx::fence_async_global();  // READY, acquired by this block, permits the bulk stores below
+        bool is_good = !handshake_.is_failed;
+        uint64_t start_ns = 0;
+        int num_idle = 0;
+        while (true) {
+            if (is_good) fill();
+            if (num_in_flight_ > 0) {
+                deliver();
+                start_ns = 0;
+                num_idle = 0;
+            } else if (!is_good || queue_.is_over()) {
+                break;
+            } else if (++num_idle == kIdlePasses) {
+                num_idle = 0;
+                is_good = !queue_.has_ended_badly(start_ns);
+            }
+        }
+        if (lane_ == 0) ptx::bulk_wait<0>();  // all rows have landed, visibly to this thread: the block's release may vouch for them
+        __syncwarp();
+    }
+
+private:
+    __device__ void fill() {
+        Item item;
+        while (num_in_flight_ < args_.num_stages - 1 && queue_.next(item)) load(item);
+    }
+
+    __device__ void load(const Item& item) {
+        const DispatchMessage& message = args_.message;
+        uint8_t* stage = stages_ + static_cast<int64_t>(load_stage_) * args_.num_stage_bytes;
+        uint8_t* side = stage + side_begin_;
+        uint64_t* barrier = barriers_ + load_stage_;
+        // The stage was emptied one delivery before the newest at least.
+        if (lane_ == 0) ptx::bulk_wait_read<1>();
+        __syncwarp();
+        const bool is_own = item.side == nullptr;
+        if (is_own) {
+            build_own_side(args_, item, side, message.num_scales > 0 && !args_.loads_scales);
+            if (args_.stores_scales && !args_.loads_scales) ptx::fence_async_shared();  // these ordinary writes are read by a bulk store
+        }
+        build_cached_heads(args_, item, side);
+        __syncwarp();
+        if (lane_ == 0) {
+            const int num_bytes = args_.parts.num_bytes(item.part);
+            const int num_side_bytes = is_own ? (args_.loads_scales ? message.num_scales * 4 : 0) : message.num_sent_side_bytes();
+            items_[load_stage_] = {item.forward_row, item.src_rank, item.part, item.credited_slot, item.chunk};
+            ptx::mbarrier_arrive_expect(barrier, num_bytes + num_side_bytes);
+            ptx::bulk_load(stage, item.row, num_bytes, barrier);
+            if (num_side_bytes > 0)
+                ptx::bulk_load(side, is_own ? reinterpret_cast<const uint8_t*>(args_.scales + static_cast<int64_t>(item.token) * args_.scales_stride_token) : item.side,
+                               num_side_bytes, barrier);
+        }
+        ++num_in_flight_;
+        load_stage_ = load_stage_ + 1 == args_.num_stages ? 0 : load_stage_ + 1;
+    }
+
+    __device__ void deliver() {
+        const DispatchMessage& message = args_.message;
+        const uint8_t* stage = stages_ + static_cast<int64_t>(deliver_stage_) * args_.num_stage_bytes;
+        const uint8_t* side = stage + side_begin_;
+        ptx::mbarrier_wait(barriers_ + deliver_stage_, parity_);
+        const StagedItem item = items_[deliver_stage_];
+        const int32_t head = checked_head(args_, context_, handshake_, side);
+        const uint32_t mask = __ballot_sync(~0u, head >= 0);
+        if (lane_ == 0) {
+            const int num_ranks = args_.domain.local.num_ranks, num_bytes = args_.parts.num_bytes(item.part);
+            // The next local rank first, itself last, so that not all ranks store to the same one.
+            int local_rank = args_.domain.local.rank;
+            for (int i = 0; i < num_ranks; ++i) {
+                local_rank = local_rank + 1 == num_ranks ? 0 : local_rank + 1;
+                if (!(mask >> local_rank & 1)) continue;
+                const nvlink::Grant& grant = handshake_.grants[local_rank];
+                const int64_t row = reinterpret_cast<const int32_t*>(side + message.heads_offset())[local_rank];
+                ptx::bulk_store(grant.rows + row * args_.parts.num_row_bytes + args_.parts.begin(item.part), stage, num_bytes);
+                if (args_.stores_scales && item.part == 0) ptx::bulk_store(grant.scales + row * message.num_scales * 4, side, message.num_scales * 4);
+            }
+            ptx::bulk_commit();
+        }
+        __syncwarp();
+        if (item.part == 0) deliver_side(args_, handshake_, item.src_rank, item.forward_row, side, head, message.num_scales > 0 && !args_.stores_scales);
+        if (item.credited_slot >= 0 && lane_ == 0) return_credit(args_, context_, item.src_rank, item.credited_slot, item.chunk);
+        ptx::fence_async_shared();  // these ordinary reads come before the next bulk load into the stage
+        __syncwarp();
+        --num_in_flight_;
+        if (++deliver_stage_ == args_.num_stages) {
+            deliver_stage_ = 0;
+            parity_ ^= 1;
+        }
+    }
+
+    const DispatchArgs& args_;
+    const WaitContext& context_;
+    const nvlink::Handshake& handshake_;
+    RowQueue& queue_;
+    const int lane_;
+    uint8_t* stages_;
+    uint64_t* barriers_;
+    StagedItem* items_;
+    int side_begin_;
+    int num_in_flight_ = 0;
+    int load_stage_ = 0;
+    int deliver_stage_ = 0;
+    uint32_t parity_ = 0;
+};
+#endif
+
+// The same without bulk copies: a warp per row, several 16-byte loads in flight, the side part in shared memory.
+__device__ void deliver_row_plain(const DispatchArgs& args, const WaitContext& context, const nvlink::Handshake& handshake, const Item& item, uint8_t* side) {
+    constexpr int kUnroll = 4;
+    const DispatchMessage& message = args.message;
+    const int lane = threadIdx.x % 32;
+    const bool has_scales = message.num_scales > 0;
+    if (item.side == nullptr)
+        build_own_side(args, item, side, has_scales);
+    else
+        for (int byte = lane * 16; byte < message.num_sent_side_bytes(); byte += 32 * 16)
+            *reinterpret_cast<int4*>(side + byte) = *reinterpret_cast<const int4*>(item.side + byte);
+    build_cached_heads(args, item, side);
+    __syncwarp();
+    const int32_t head = checked_head(args, context, handshake, side);
+    const uint32_t mask = __ballot_sync(~0u, head >= 0);
+    const int4* source = reinterpret_cast<const int4*>(item.row);
+    const int num_vectors = static_cast<int>(args.parts.num_row_bytes / 16);
+    for (int base = lane; base - lane < num_vectors; base += 32 * kUnroll) {
+        int4 vectors[kUnroll];
+#pragma unroll
+        for (int u = 0; u < kUnroll; ++u)
+            if (base + u * 32 < num_vectors) vectors[u] = source[base + u * 32];
+        for (uint32_t left = mask; left != 0; left &= left - 1) {
+            const int local_rank = __ffs(static_cast<int>(left)) - 1;
+            int4* target = reinterpret_cast<int4*>(handshake.grants[local_rank].rows + __shfl_sync(~0u, head, local_rank) * args.parts.num_row_bytes);
+#pragma unroll
+            for (int u = 0; u < kUnroll; ++u)
+                if (base + u * 32 < num_vectors) target[base + u * 32] = vectors[u];
+        }
+    }
+    deliver_side(args, handshake, item.src_rank, item.forward_row, side, head, has_scales);
+    __syncwarp();  // all lanes have read the message and the side part
+    if (item.credited_slot >= 0 && lane == 0) return_credit(args, context, item.src_rank, item.credited_slot, item.chunk);
+}
+
+__device__ void deliver_rows_plain(const DispatchArgs& args, const WaitContext& context, const nvlink::Handshake& handshake, RowQueue& queue, uint8_t* side) {
+    uint64_t start_ns = 0;
+    int num_idle = 0;
+    if (handshake.is_failed) return;
+    while (true) {
+        Item item;
+        if (queue.next(item)) {
+            deliver_row_plain(args, context, handshake, item, side);
+            start_ns = 0;
+            num_idle = 0;
+        } else if (queue.is_over()) {
+            return;
+        } else if (++num_idle == kIdlePasses) {
+            num_idle = 0;
+            if (queue.has_ended_badly(start_ns)) return;
+        }
+    }
+}
+
+// Worst-case sizes: rows that nobody sends or forwards are marked as such.
+__device__ void fill_unused_rows(const DispatchArgs& args, const StreamShape* received) {
+    const int64_t num_received = min_of(args.recv_gbl_rank_prefix[args.domain.group.num_ranks - 1], args.capacity);
+    const StreamShape& last = received[args.domain.group.num_nodes() - 1];
+    const int64_t thread = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+    const int64_t num_threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
+    for (int64_t i = num_received * args.message.num_topk + thread; i < args.capacity * args.message.num_topk; i += num_threads) {
+        args.recv_topk_idx[i] = -1;
+        args.recv_topk_weights[i] = 0.0f;
+    }
+    if (args.recv_src_meta == nullptr) return;
+    for (int64_t i = num_received * 2 + thread; i < args.capacity * 2; i += num_threads) args.recv_src_meta[i] = -1;
+    for (int64_t i = (static_cast<int64_t>(last.first_row) + last.num_rows) * kMaxNodeRanks + thread; i < args.num_forward_capacity * kMaxNodeRanks; i += num_threads)
+        args.send_nvl_head[i] = -1;
+}
+
+// The block that finishes last leaves the claims as the next operation wants them.
+__device__ void finish(const DispatchArgs& args, const WaitContext& context, Shared& shared) {
+    if (!nvlink::exchange_done(args.domain.local, context, shared.is_last) || threadIdx.x != 0) return;
+    ptx::store_relaxed_gpu(&args.domain.state->dispatch_blocks, 0);
+    ptx::store_relaxed_gpu(&args.domain.state->own_rows, 0);
+    nvlink::end_operation(context);
+}
+
+__global__ void __launch_bounds__(kMaxThreads, 1) dispatch_rows_kernel(const __grid_constant__ DispatchArgs args) {
+    extern __shared__ __align__(128) uint8_t memory[];
+    __shared__ Shared shared;
+    const Domain& domain = args.domain;
+    const Group& group = domain.group;
+    DeviceState* state = domain.local.state();
+    const WaitContext context{domain.local.host, state, Op::kDispatch, group.rank, ptx::load_relaxed_gpu(&state->epochs[kOp]) + 1};
+    const DynamicShared dynamic(args, memory);
+    if (threadIdx.x == 0) shared.block = static_cast<int>(ptx::add_relaxed_gpu(&domain.state->dispatch_blocks, 1));
+    describe_streams(args, context, dynamic.sent, dynamic.received);
+    if (blockIdx.x == 0 && threadIdx.x == 0 && args.recv_gbl_rank_prefix[group.num_ranks - 1] > args.capacity)
+        report_error(context, ErrorKind::kOverflow, Phase::kRows, group.rank, args.recv_gbl_rank_prefix[group.num_ranks - 1], args.capacity, 0);
+    __syncthreads();
+    const BlockContexts contexts{shared.block, static_cast<int>(gridDim.x), args.geometry.num_slots, group.node(), group.num_nodes()};
+    for (int i = threadIdx.x; i < contexts.count(); i += blockDim.x) dynamic.next_sent[i] = dynamic.next_received[i] = contexts.slot_of(i);
+    __syncthreads();
+
+    const DispatchMessage& message = args.message;
+    const nvlink::GrantSizes sizes{args.parts.num_row_bytes, message.num_scales * 4, message.num_topk * 8, message.num_topk * 4, message.is_cached ? 0 : 8};
+    const nvlink::OwnGrant own{kKindDirect,
+                               args.capacity,
+                               {args.recv_x, reinterpret_cast<uint8_t*>(args.recv_scales), reinterpret_cast<uint8_t*>(args.recv_topk_idx),
+                                reinterpret_cast<uint8_t*>(args.recv_topk_weights), reinterpret_cast<uint8_t*>(args.recv_src_meta)},
+                               domain.local.arenas[domain.local.rank]};
+    // The send warps come first: they have nothing to do before the handshake, whose words the first threads post.
+    const int warp = threadIdx.x / 32, deliverer = warp - args.num_send_warps;
+    const bool delivers = deliverer >= 0;
+    RowQueue queue(args, context, contexts, dynamic.sent, dynamic.received, dynamic.next_received, deliverer);
+    if (delivers) queue.begin();
+#if DEEPEP_HAS_BULK
+    DeliverWarp deliver_warp(args, context, shared.handshake, dynamic, queue, delivers ? deliverer : 0);
+    if (args.use_bulk && delivers) deliver_warp.start();
+#endif
+    nvlink::exchange_grants(domain.local, context, shared.handshake, sizes, own);
+    if (!delivers) {
+        if (!shared.handshake.is_failed) SendWarp(args, context, contexts, dynamic.sent, dynamic.next_sent, warp).run();
+    } else if (!args.use_bulk) {
+        deliver_rows_plain(args, context, shared.handshake, queue, dynamic.stages + static_cast<int64_t>(deliverer) * args.num_stage_bytes);
+#if DEEPEP_HAS_BULK
+    } else {
+        deliver_warp.run();
+#endif
+    }
+    if (args.fill_unused) fill_unused_rows(args, dynamic.received);
+    finish(args, context, shared);
+}
+
+}  // namespace
+
+cudaError_t launch_dispatch(const DispatchArgs& args, int num_sms, cudaStream_t stream) {
+    const int num_threads = (args.num_deliver_warps + args.num_send_warps) * 32;
+    dispatch_rows_kernel<<<num_sms, num_threads, args.num_dynamic_bytes, stream>>>(args);
+    return cudaGetLastError();
+}
+
+cudaError_t prepare_dispatch(bool has_bulk) {
+    cudaFuncAttributes attributes;
+    const cudaError_t status = cudaFuncGetAttributes(&attributes, dispatch_rows_kernel);
+    if (status != cudaSuccess) return status;
+    return cudaFuncSetAttribute(dispatch_rows_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                has_bulk ? nvlink::kMaxSharedBytes - static_cast<int>(attributes.sharedSizeBytes) : kMaxPlainSharedBytes);
+}
+
+}  // namespace deepep::internode

@@ -1,0 +1,248 @@
+#pragma once
+// Dispatch, delivering: which rows a warp takes next, and where they go.
+//
+// A deliver warp takes rows from two places: chunks that have arrived from other nodes, in the slots that it serves, and, while none is there,
+// this rank's own rows for its own node, which the GPU's deliver warps share out among themselves.
+//   FULL   {epoch, chunk + 1}  sender -> forwarder, behind the chunk's bytes. Acquired before the first load of the chunk.
+//   CREDIT {epoch, chunk + 1}  forwarder -> sender, after the last load of the chunk has landed.
+#include "deepep/ptx/bulk.cuh"
+#include "internode/dispatch_streams.cuh"
+#include "internode/network.cuh"
+#include "kernels/handshake.cuh"
+
+namespace deepep::internode {
+namespace {
+
+// One row, or part of one, on its way to the ranks of this node.
+struct Item {
+    const uint8_t* row;    // the part
+    const uint8_t* side;   // of a row from another node; null: an own row
+    int32_t token;         // of an own row
+    int32_t forward_row;   // its row of send_nvl_head
+    int32_t src_rank;
+    int32_t part;
+    int32_t credited_slot;  // the chunk's last item: its slot, else -1
+    int32_t chunk;
+};
+
+class RowQueue {
+public:
+    __device__ RowQueue(const DispatchArgs& args, const WaitContext& context, const BlockContexts& contexts, const StreamShape* sent, const StreamShape* received,
+                        int32_t* next_chunks, int warp)
+        : args_(args), context_(context), contexts_(contexts), sent_(sent), received_(received), next_chunks_(next_chunks), warp_(warp), lane_(threadIdx.x % 32) {}
+
+    // Finds out what there is, and claims the first own rows.
+    __device__ void begin() {
+        const int num_warps = args_.num_deliver_warps, count = contexts_.count();
+        num_mine_ = warp_ < count ? (count - 1 - warp_) / num_warps + 1 : 0;
+        int num_chunks = 0;
+        for (int i = lane_; i < num_mine_; i += 32) {
+            const int index = warp_ + i * num_warps, slot = contexts_.slot_of(index), in_stream = received_[contexts_.node_of(index)].num_chunks;
+            if (slot < in_stream) num_chunks += (in_stream - 1 - slot) / args_.geometry.num_slots + 1;
+        }
+        num_chunks_left_ = __reduce_add_sync(~0u, num_chunks);
+        const int node = args_.domain.group.node();
+        num_own_items_ = min_of(sent_[node].num_rows, received_[node].num_rows) * args_.parts.num_parts;
+        next_own_ = contexts_.block * num_warps + warp_;
+        claim();
+    }
+
+    // Uniform over the warp. False: nothing to take now.
+    __device__ bool next(Item& item) {
+        if (rows_left_ == 0 && num_chunks_left_ > 0) open_chunk();
+        if (rows_left_ > 0)
+            take_forwarded(item);
+        else if (next_own_ < num_own_items_)
+            take_own(item);
+        else
+            return false;
+        return true;
+    }
+    __device__ bool is_over() const { return rows_left_ == 0 && num_chunks_left_ == 0 && next_own_ >= num_own_items_; }
+    __device__ bool has_ended_badly(uint64_t& start_ns) const { return is_hopeless(context_, Phase::kWindow, waiting_, start_ns); }
+
+private:
+    __device__ void open_chunk() {
+        waiting_ = {};
+        for (int base = 0; base < num_mine_; base += 32) {
+            const int index = warp_ + (base + lane_) * args_.num_deliver_warps;
+            int node = 0, slot = 0, chunk = 0;
+            bool is_ready = false;
+            const uint64_t* word = nullptr;
+            if (base + lane_ < num_mine_) {
+                node = contexts_.node_of(index);
+                slot = contexts_.slot_of(index);
+                chunk = next_chunks_[index];
+                if (chunk < received_[node].num_chunks) {
+                    word = args_.domain.window.full(args_.domain.network, NetworkWindow::kDispatchFull, node) + slot;
+                    const uint64_t expected = chunk_word(context_.epoch, chunk), seen = ptx::load_relaxed_sys(word);
+                    is_ready = seen == expected;
+                    if (!is_ready) waiting_ = {args_.domain.group.peer_of(node), seen, expected};
+                }
+            }
+            const uint32_t mask = __ballot_sync(~0u, is_ready);
+            if (mask == 0) continue;
+            const int source = __ffs(static_cast<int>(mask)) - 1;
+            if (lane_ == source) {
+                static_cast<void>(ptx::load_acquire_sys(word));
+                next_chunks_[index] = chunk + args_.geometry.num_slots;
+            }
+            begin_chunk(__shfl_sync(~0u, node, source), __shfl_sync(~0u, slot, source), __shfl_sync(~0u, chunk, source));
+            return;
+        }
+    }
+
+    __device__ void begin_chunk(int node, int slot, int chunk) {
+        const Domain& domain = args_.domain;
+        const StreamShape& stream = received_[node];
+        const int first = chunk * stream.num_chunk_rows;
+        rows_left_ = static_cast<int>(min_of(stream.num_chunk_rows, stream.num_rows - first));
+        --num_chunks_left_;
+        part_ = 0;
+        slot_ = slot;
+        chunk_ = chunk;
+        src_rank_ = domain.group.peer_of(node);
+        forward_row_ = stream.first_row + first;
+        message_ = domain.window.receive_ring(domain.network, domain.group.node(), node) + args_.geometry.slot_offset(slot);
+#if DEEPEP_HAS_BULK
+        if (lane_ == 0) ptx::fence_async_global();  // FULL, acquired above and joined by the shuffles' warp barriers, permits bulk loads
+#endif
+        __syncwarp();
+    }
+
+    __device__ void take_forwarded(Item& item) {
+        const bool is_last_part = part_ + 1 == args_.parts.num_parts;
+        item = {message_ + args_.parts.begin(part_), message_ + args_.message.side_offset(), 0, forward_row_, src_rank_, part_,
+                is_last_part && rows_left_ == 1 ? slot_ : -1, chunk_};
+        ++part_;
+        if (!is_last_part) return;
+        part_ = 0;
+        --rows_left_;
+        ++forward_row_;
+        message_ += args_.geometry.num_message_bytes;
+    }
+
+    // The first rows are dealt out, the others claimed. The claim is sent one row ahead of its use, so that its way to the L2 cache and back
+    // costs nothing.
+    __device__ void claim() {
+        if (lane_ == 0) claimed_ = ptx::add_relaxed_gpu(&args_.domain.state->own_rows, 1);
+    }
+    __device__ void take_own(Item& item) {
+        const int node = args_.domain.group.node();
+        const int64_t row = args_.parts.num_parts == 1 ? next_own_ : next_own_ / args_.parts.num_parts;
+        const int part = static_cast<int>(next_own_ - row * args_.parts.num_parts);
+        const int64_t listed = args_.tokens_to_node[node * args_.num_tokens + row];
+        const bool is_known = listed >= 0 && listed < args_.num_tokens;
+        const int64_t token = is_known ? listed : 0;
+        if (!is_known && lane_ == 0) report_error(context_, ErrorKind::kLayoutMismatch, Phase::kRows, args_.domain.group.rank, static_cast<uint64_t>(listed), args_.num_tokens, 0);
+        item = {args_.x + token * args_.parts.num_row_bytes + args_.parts.begin(part), nullptr, static_cast<int32_t>(token),
+                static_cast<int32_t>(received_[node].first_row + row), args_.domain.group.rank, part, -1, 0};
+        next_own_ = static_cast<int64_t>(contexts_.num_blocks) * args_.num_deliver_warps + __shfl_sync(~0u, claimed_, 0);
+        claim();
+    }
+
+    const DispatchArgs& args_;
+    const WaitContext& context_;
+    const BlockContexts& contexts_;
+    const StreamShape* sent_;
+    const StreamShape* received_;
+    int32_t* next_chunks_;  // of this block's contexts: what is expected in each slot
+    const int warp_;
+    const int lane_;
+    int num_mine_ = 0;
+    int num_chunks_left_ = 0;
+    int64_t num_own_items_ = 0;
+    int64_t next_own_ = 0;
+    uint32_t claimed_ = 0;
+    Waiting waiting_;
+    // the chunk that is being taken
+    int rows_left_ = 0;
+    int part_ = 0;
+    int slot_ = 0;
+    int chunk_ = 0;
+    int src_rank_ = 0;
+    int forward_row_ = 0;
+    const uint8_t* message_ = nullptr;
+};
+
+// The side part of an own row, put together in shared memory as a message would bring it. By the whole warp, without a barrier.
+__device__ inline void build_own_side(const DispatchArgs& args, const Item& item, uint8_t* side, bool has_scales) {
+    const DispatchMessage& message = args.message;
+    const Group& group = args.domain.group;
+    const int lane = threadIdx.x % 32;
+    const int64_t token = item.token;
+    if (!message.is_cached) {
+        if (lane < message.num_topk) {
+            const int64_t expert = args.topk_idx[token * message.num_topk + lane];
+            reinterpret_cast<int32_t*>(side + message.topk_idx_offset())[lane] = expert >= 0 && expert < args.num_experts ? static_cast<int32_t>(expert) : -1;
+            reinterpret_cast<float*>(side + message.weights_offset())[lane] = args.topk_weights[token * message.num_topk + lane];
+        }
+        if (lane < message.num_heads)
+            reinterpret_cast<int32_t*>(side + message.heads_offset())[lane] = args.dst_rows[token * group.num_ranks + group.node() * group.ranks_per_node + lane];
+        if (lane == 0) *reinterpret_cast<int32_t*>(side + message.token_offset()) = item.token;
+    }
+    if (has_scales)
+        for (int col = lane; col < message.num_scales; col += 32)
+            reinterpret_cast<uint32_t*>(side)[col] = args.scales[token * args.scales_stride_token + col * args.scales_stride_col];
+}
+
+// In a cached dispatch heads come from the handle.
+__device__ inline void build_cached_heads(const DispatchArgs& args, const Item& item, uint8_t* side) {
+    const int lane = threadIdx.x % 32;
+    if (args.message.is_cached && lane < args.message.num_heads)
+        reinterpret_cast<int32_t*>(side + args.message.heads_offset())[lane] = args.send_nvl_head[static_cast<int64_t>(item.forward_row) * kMaxNodeRanks + lane];
+}
+
+// This lane's destination row (lane = local rank), or -1; and a record of a row that does not fit.
+__device__ inline int32_t checked_head(const DispatchArgs& args, const WaitContext& context, const nvlink::Handshake& handshake, const uint8_t* side) {
+    const int lane = threadIdx.x % 32;
+    if (lane >= args.message.num_heads) return -1;
+    const int32_t head = reinterpret_cast<const int32_t*>(side + args.message.heads_offset())[lane];
+    const int64_t num_rows = handshake.grants[lane].num_rows;
+    if (head < num_rows) return head < 0 ? -1 : head;
+    if (!handshake.is_failed)
+        report_error(context, ErrorKind::kOverflow, Phase::kRows, args.domain.group.node() * args.domain.group.ranks_per_node + lane, head, num_rows, 0);
+    return -1;
+}
+
+// Everything of a row but the row itself, by ordinary stores of the whole warp. `head` is that of checked_head.
+__device__ inline void deliver_side(const DispatchArgs& args, const nvlink::Handshake& handshake, int src_rank, int32_t forward_row, const uint8_t* side, int32_t head,
+                                    bool has_scales) {
+    const DispatchMessage& message = args.message;
+    const Group& group = args.domain.group;
+    const int lane = threadIdx.x % 32, num_topk = message.num_topk;
+    const int num_local_experts = args.num_experts / group.num_ranks;
+    int32_t expert = -1;
+    float weight = 0.0f;
+    if (lane < num_topk) {
+        expert = reinterpret_cast<const int32_t*>(side + message.topk_idx_offset())[lane];
+        weight = reinterpret_cast<const float*>(side + message.weights_offset())[lane];
+    }
+    for (uint32_t mask = __ballot_sync(~0u, head >= 0); mask != 0; mask &= mask - 1) {
+        const int local_rank = __ffs(static_cast<int>(mask)) - 1;
+        const int64_t row = __shfl_sync(~0u, head, local_rank);
+        const nvlink::Grant& grant = handshake.grants[local_rank];
+        if (lane < num_topk) {
+            const int64_t local_expert = localise_expert(expert, group.node() * group.ranks_per_node + local_rank, num_local_experts);
+            reinterpret_cast<int64_t*>(grant.topk_idx)[row * num_topk + lane] = local_expert;
+            reinterpret_cast<float*>(grant.weights)[row * num_topk + lane] = local_expert < 0 ? 0.0f : weight;
+        }
+        if (lane == 0 && !message.is_cached)
+            reinterpret_cast<int2*>(grant.src_idx)[row] = make_int2(src_rank, *reinterpret_cast<const int32_t*>(side + message.token_offset()));
+        if (has_scales)
+            for (int col = lane; col < message.num_scales; col += 32)
+                reinterpret_cast<uint32_t*>(grant.scales)[row * message.num_scales + col] = reinterpret_cast<const uint32_t*>(side)[col];
+    }
+    if (!message.is_cached && lane < kMaxNodeRanks)
+        args.send_nvl_head[static_cast<int64_t>(forward_row) * kMaxNodeRanks + lane] =
+            lane < message.num_heads ? reinterpret_cast<const int32_t*>(side + message.heads_offset())[lane] : -1;
+}
+
+// By one thread, once the chunk's loads have landed and the warp knows.
+__device__ inline void return_credit(const DispatchArgs& args, const WaitContext& context, int src_rank, int slot, int chunk) {
+    ptx::fence_acq_rel_sys();  // the loads of the chunk stay before the word that lets the sender overwrite it
+    network::set_word(args.domain.window.credit(args.domain.network, args.domain.group.node()) + slot, chunk_word(context.epoch, chunk), src_rank);
+}
+
+}  // namespace
+}  // namespace deepep::internode

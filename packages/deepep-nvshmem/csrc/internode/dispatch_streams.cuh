@@ -1,0 +1,77 @@
+#pragma once
+// What both ends of dispatch's streams share: how many rows each stream carries, and which block serves which slots.
+#include "deepep/ptx/memory.cuh"
+#include "deepep/sync/wait.cuh"
+#include "internode/kernels.hpp"
+
+namespace deepep::internode {
+namespace {
+
+// A stream as kernels use it, in shared memory: one for each node, the own one included.
+struct StreamShape {
+    int32_t num_rows;
+    int32_t num_chunk_rows;
+    int32_t num_chunks;
+    int32_t first_row;  // of those that the forwarding rank keeps (receiving streams)
+};
+
+// By all threads; a barrier has to follow. Numbers that contradict the memory behind them count as zero rows.
+__device__ inline void describe_streams(const DispatchArgs& args, const WaitContext& context, StreamShape* sent, StreamShape* received) {
+    const Group& group = args.domain.group;
+    for (int node = threadIdx.x; node < group.num_nodes(); node += blockDim.x) {
+        const int64_t to_node = args.rdma_channel_prefix[node];
+        const int64_t begin = node == 0 ? 0 : args.recv_rdma_rank_prefix[node - 1], end = args.recv_rdma_rank_prefix[node];
+        const bool is_sent_good = to_node >= 0 && to_node <= args.num_tokens;
+        const bool is_received_good = begin >= 0 && begin <= end && end <= args.num_forward_capacity;
+        if (blockIdx.x == 0 && !is_sent_good) report_error(context, ErrorKind::kLayoutMismatch, Phase::kRows, group.peer_of(node), to_node, args.num_tokens, 0);
+        if (blockIdx.x == 0 && !is_received_good) report_error(context, ErrorKind::kLayoutMismatch, Phase::kRows, group.peer_of(node), end, args.num_forward_capacity, 0);
+        const auto shape = [&](int64_t num_rows, int64_t first_row) {
+            const Stream stream = Stream::of(args.geometry, num_rows);
+            return StreamShape{static_cast<int32_t>(num_rows), stream.num_chunk_rows, static_cast<int32_t>(stream.num_chunks()), static_cast<int32_t>(first_row)};
+        };
+        sent[node] = shape(is_sent_good ? to_node : 0, 0);
+        received[node] = shape(is_received_good ? end - begin : 0, begin);
+    }
+}
+
+// Slot k of every stream is served by block k % blocks, at both ends. Blocks are numbered in the order in which they begin to run: where not
+// all of them fit on the GPUs, the first ones of both ends find each other, end, and make room for the next.
+struct BlockContexts {
+    int block;
+    int num_blocks;
+    int num_slots;
+    int node;
+    int num_nodes;
+
+    __device__ int count() const { return (num_nodes - 1) * (block < num_slots ? (num_slots - 1 - block) / num_blocks + 1 : 0); }
+    __device__ int slot_of(int index) const { return block + index / (num_nodes - 1) * num_blocks; }
+    // The other node; each rank begins with the one behind its own.
+    __device__ int node_of(int index) const {
+        const int other = node + 1 + index % (num_nodes - 1);
+        return other >= num_nodes ? other - num_nodes : other;
+    }
+};
+
+// Passes in which nothing moved, before a warp looks at the clock.
+constexpr int kIdlePasses = 64;
+
+// One lane's view of what its warp waits for, for the record of a wait that ends badly.
+struct Waiting {
+    int peer = -1;  // -1: nothing
+    uint64_t seen = 0;
+    uint64_t expected = 0;
+};
+
+// By the whole warp, some lane of which waits. start_ns belongs to the wait: 0 when it begins.
+__device__ inline bool is_hopeless(const WaitContext& context, Phase phase, const Waiting& waiting, uint64_t& start_ns) {
+    const int lane = threadIdx.x % 32;
+    const uint32_t mask = __ballot_sync(~0u, waiting.peer >= 0);
+    const int speaker = mask == 0 ? 0 : __ffs(static_cast<int>(mask)) - 1;
+    bool is_over = false;
+    if (lane == speaker) is_over = wait_is_hopeless(context, phase, waiting.peer, waiting.seen, waiting.expected, &start_ns);
+    start_ns = __shfl_sync(~0u, start_ns, speaker);
+    return __shfl_sync(~0u, is_over, speaker);
+}
+
+}  // namespace
+}  // namespace deepep::internode

@@ -1,0 +1,208 @@
+#pragma once
+// What each kernel across nodes is given, and how it is launched. The launch functions return CUDA's answer and decide nothing else.
+//
+// T tokens here, K choices, S scales per row, N ranks, D nodes, P = N / D ranks of a node, E experts, L = E / N, R rows received here, F rows that
+// this rank forwards (those that its own tokens put on its own node included), by source node, then source token.
+#include <cuda_runtime_api.h>
+
+#include <cstdint>
+
+#include "deepep/layout/routing.hpp"
+#include "deepep/layout/status.hpp"
+#include "internode/window.hpp"
+#include "kernels/kernels.hpp"
+
+namespace deepep::internode {
+
+using nvlink::IndexArray;
+
+// Counters of this rank that no peer touches, besides DeviceState. All zero at the start.
+struct PrivateState {
+    uint32_t are_counts_good;   // of the newest notify: 1 or 0
+    uint32_t dispatch_blocks;   // blocks of the running dispatch that have drawn a number
+    uint32_t combine_blocks;
+    uint32_t own_rows;          // next own row to push (dispatch)
+    uint32_t own_tokens;        // next token to sum (combine)
+    uint32_t padding[27];
+};
+
+// What the host needs from notify, in pinned memory. `ticket` is stored last, with release. Headers, uint32 [N][kNumHeaderWords], expert
+// counts, int32 [max_local_experts], and masks of ranks, uint32 [2][ceil(N / 32)] (differing headers, impossible counts), follow it.
+struct CountsSummary {
+    uint32_t ticket;
+    int32_t num_recv_tokens;
+    int32_t num_forward_rows;
+    uint32_t is_good;
+};
+
+// One rank's view of its node and of the network; the same for every kernel.
+struct Domain {
+    nvlink::Domain local;  // the node: its rank is this one's local rank. Errors and deadlines of all kernels: local.host, local.state()
+    Group group;
+    uint8_t* network;      // NVSHMEM memory of this rank, as NetworkWindow lays it out
+    NetworkWindow window;
+    int64_t num_chunk_bytes;
+    PrivateState* state;
+    int32_t* histogram;  // [E + N + D], zero between calls of layout
+    CountsSummary* host_counts;
+    uint32_t* host_headers;  // [N][kNumHeaderWords]
+    int32_t* host_experts;   // [max_local_experts]
+    uint32_t* host_masks;    // [2][ceil(N / 32)]
+};
+
+struct LayoutArgs {
+    Domain domain;
+    IndexArray topk_idx;  // [T, K]
+    int64_t num_tokens;
+    int num_topk;
+    int num_experts;
+    int32_t* num_tokens_per_rank;    // [N]
+    int32_t* num_tokens_per_node;    // [D]
+    int32_t* num_tokens_per_expert;  // [E]
+    bool* is_token_in_rank;          // [T, N]
+    int32_t* num_bad_indices;        // one, or null
+};
+
+// Parts of the handle that follow from the counts of all ranks.
+struct HandlePrefixes {
+    int32_t* rdma_channel_prefix;       // [D]: tokens to each node
+    int32_t* gbl_channel_prefix;        // [N]: tokens to each rank
+    int32_t* recv_rdma_channel_prefix;  // [D]: rows this rank forwards from each node
+    int32_t* recv_rdma_rank_prefix;     // [D]: inclusive sums of those
+    int32_t* recv_gbl_channel_prefix;   // [N]: first row of each source rank here
+    int32_t* recv_gbl_rank_prefix;      // [N]: inclusive sums over source ranks of received rows
+};
+
+struct NotifyArgs {
+    Domain domain;
+    uint32_t status;
+    uint32_t reason;
+    uint32_t fields[kNumHeaderFields];
+    int64_t num_tokens;
+    int num_experts;
+    int expert_alignment;
+    const int32_t* num_tokens_per_rank;
+    const int32_t* num_tokens_per_node;
+    const int32_t* num_tokens_per_expert;
+    const int32_t* num_bad_indices;   // or null
+    HandlePrefixes prefixes;          // all null in a refused call
+    int32_t* recv_tokens_per_expert;  // [L], or null
+    uint32_t ticket;                  // 0: nothing for the host
+};
+
+// Which token goes where, once the counts are known.
+struct PlanArgs {
+    Domain domain;
+    int64_t num_tokens;
+    const bool* is_token_in_rank;  // [T, N]; null: a cached dispatch, tokens_to_node is built from send_rdma_head
+    int32_t* send_rdma_head;       // [T, D]
+    int32_t* dst_rows;             // [T, N]: row of the token at each rank, or -1
+    int32_t* tokens_to_node;       // [D, T]: the i-th token that goes to each node
+};
+
+struct DispatchArgs {
+    Domain domain;
+    // what this rank sends
+    const uint8_t* x;        // [T, row bytes]
+    const uint32_t* scales;  // [T, S] with strides
+    int num_scales;          // 0: no scales
+    int64_t scales_stride_token;  // in elements
+    int64_t scales_stride_col;
+    IndexArray topk_idx;  // [T, K]
+    const float* topk_weights;
+    int64_t num_tokens;
+    int num_topk;  // 0: no top-k indices and weights
+    int num_experts;
+    const int32_t* tokens_to_node;         // [D, T]
+    const int32_t* dst_rows;               // [T, N]; null: a cached dispatch
+    const int32_t* rdma_channel_prefix;    // [D]
+    const int32_t* recv_rdma_rank_prefix;  // [D]
+    const int32_t* recv_gbl_rank_prefix;   // [N]
+    int32_t* send_nvl_head;                // [F, 8]: written by a fresh dispatch, read by a cached one
+    int64_t num_forward_capacity;          // rows of it
+    // what this rank receives, all in the arena
+    uint8_t* recv_x;
+    uint32_t* recv_scales;
+    int64_t* recv_topk_idx;
+    float* recv_topk_weights;
+    int32_t* recv_src_meta;  // [R, 2]: source rank, source token; null in a cached dispatch
+    int64_t capacity;
+    bool fill_unused;
+    // how
+    DispatchMessage message;
+    ChunkGeometry geometry;
+    RowParts parts;  // of a row in shared memory
+    bool use_bulk;
+    bool loads_scales;  // a row's scales can be loaded in bulk
+    bool stores_scales;  // likewise stored
+    int num_deliver_warps;
+    int num_send_warps;
+    int num_stages;       // of each deliver warp
+    int num_stage_bytes;
+    int num_block_contexts;  // of each node in one block
+    int num_dynamic_bytes;
+};
+
+struct CombineArgs {
+    Domain domain;
+    // what this rank owns, in the arena
+    const uint8_t* x;           // [R, row bytes]
+    const float* topk_weights;  // [R, K]
+    int64_t num_recv_tokens;
+    // what this rank forwards
+    const int32_t* recv_rdma_rank_prefix;  // [D]
+    const int32_t* send_nvl_head;          // [F, 8]
+    int64_t num_forward_rows;              // F, or more (unused rows are -1)
+    // what this rank collects
+    const uint8_t* bias_0;  // [T, row bytes], or null
+    const uint8_t* bias_1;
+    const int32_t* send_rdma_head;  // [T, D]
+    int64_t num_tokens;
+    int num_topk;             // 0: no weights
+    uint8_t* out;             // [T, row bytes]
+    float* out_topk_weights;  // [T, K]
+    // how; what follows `geometry` is combine.cu's own
+    CombineMessage message;
+    ChunkGeometry geometry;
+    int num_forward_warps;
+    int num_source_warps;
+    int num_block_contexts;  // of all nodes in one block, at most
+    int num_dynamic_bytes;
+};
+
+// Shape limits of dispatch, for the host's choice.
+constexpr int kMaxDeliverWarps = 12;
+constexpr int kMaxDeliverStages = 8;    // of each
+constexpr int kMaxDispatchWarps = 20;  // deliver and send warps together
+constexpr int kMaxPlainSharedBytes = 92 * 1024;  // without bulk copies; every GPU from SM80 has as much
+
+// What the caller asks of a kernel's shape; 0 means: choose.
+struct Tuning {
+    int num_sms;
+    bool use_bulk;
+    int num_warps;
+    int num_stages;
+    int num_send_warps;
+};
+
+cudaError_t launch_layout(const LayoutArgs& args, cudaStream_t stream);
+cudaError_t launch_counts(const NotifyArgs& args, cudaStream_t stream);
+cudaError_t launch_plan(const PlanArgs& args, cudaStream_t stream);
+cudaError_t launch_dispatch(const DispatchArgs& args, int num_sms, cudaStream_t stream);
+cudaError_t launch_combine(const CombineArgs& args, int num_sms, cudaStream_t stream);
+
+// Fill the fields under "how" (but message and geometry) from the others; ArgumentError for what cannot be.
+void shape_dispatch(DispatchArgs& args, const Tuning& tuning, bool has_bulk);
+void shape_combine(CombineArgs& args, const Tuning& tuning, bool has_bulk);
+
+// Load the kernels of each file on the current device (lazy loading may not meet a spinning kernel) and raise their shared-memory limits.
+cudaError_t prepare_layout();
+cudaError_t prepare_counts();
+cudaError_t prepare_plan();
+cudaError_t prepare_dispatch(bool has_bulk);
+cudaError_t prepare_combine(bool has_bulk);
+
+// Some kernel of the image that holds NVSHMEM's device state.
+const void* kernel_on_network();
+
+}  // namespace deepep::internode

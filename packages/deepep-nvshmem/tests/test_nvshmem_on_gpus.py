@@ -1,0 +1,198 @@
+"""The backend ``nvshmem`` on real GPUs of one host, cut into virtual nodes: between them rows go through NVSHMEM only.
+
+Two nodes of two GPUs, and four of one. The reference backend runs beside the backend under test on the same group;
+everything must agree bit for bit.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from normal_on_gpus import buffer_of, generated_shapes, graph_replay, layout_of, many_buffers, missing_caller, soak
+
+from deep_ep import BackendUnavailableError, Buffer, BufferStateError, DeepEPError, PeerError, registry
+from deep_ep.launch import RankContext, RankFailure, run_ranks
+
+NUM_RANKS = 4
+DEADLINE_S = 2.0
+pytestmark = [pytest.mark.gpu(NUM_RANKS), pytest.mark.usefixtures("nvshmem")]
+TOPOLOGIES = pytest.mark.parametrize("ranks_per_node", [2, 1], ids=["2-nodes-of-2", "4-nodes-of-1"])
+
+
+@pytest.fixture
+def nvshmem() -> None:
+    """Skips where the backend is not built or NVSHMEM is not there."""
+    found = registry.obstacles(registry.load("nvshmem"), registry.local_environment())
+    if found:
+        pytest.skip(f"backend 'nvshmem' cannot serve here: {'; '.join(map(str, found))}")
+
+
+def run(
+    rank_pools: Any, function: Any, *args: Any, ranks_per_node: int, timeout_s: float = 300, **more: str
+) -> list[Any]:
+    environment = {"DEEPEP_RANKS_PER_NODE": str(ranks_per_node), **more}
+    pool = rank_pools.get("cuda", num_ranks=NUM_RANKS)
+    return pool.run(function, *args, num_ranks=NUM_RANKS, timeout_s=timeout_s, environment=environment)
+
+
+# --- against the reference ------------------------------------------------------------------------------------------
+
+
+@TOPOLOGIES
+def test_generated_shapes_equal_the_reference(rank_pools: Any, ranks_per_node: int) -> None:
+    arguments = ("nvshmem", 20_000 * ranks_per_node, 200)
+    counts = run(rank_pools, generated_shapes, *arguments, ranks_per_node=ranks_per_node)[0]
+    assert counts["cases"] == 200 and counts["empty"] >= 20
+    assert min(counts[kind] for kind in ("skewed", "one rank", "fp8", "pulled in place", "elsewhere")) >= 25
+
+
+@TOPOLOGIES
+def test_generated_shapes_through_the_smallest_window(rank_pools: Any, ranks_per_node: int) -> None:
+    """Two slots of the largest row that comes up: every stream waits for credits again and again."""
+    arguments = ("nvshmem", 30_000 * ranks_per_node, 40)
+    counts = run(
+        rank_pools, generated_shapes, *arguments, ranks_per_node=ranks_per_node, DEEPEP_NVSHMEM_WINDOW_MB="0.02"
+    )[0]
+    assert counts["cases"] == 40
+
+
+# --- for long, and in graphs ----------------------------------------------------------------------------------------
+
+
+@TOPOLOGIES
+def test_ten_thousand_iterations_give_one_hash(rank_pools: Any, ranks_per_node: int) -> None:
+    results = run(rank_pools, soak, "nvshmem", 10_000, ranks_per_node=ranks_per_node, timeout_s=400)
+    assert [different for different, _ in results] == [1] * NUM_RANKS
+    assert all(first != 0 for _, first in results)
+
+
+@TOPOLOGIES
+def test_graph_replays_follow_their_inputs(rank_pools: Any, ranks_per_node: int) -> None:
+    results = run(rank_pools, graph_replay, "nvshmem", 500, ranks_per_node, ranks_per_node=ranks_per_node)
+    assert results == [0] * NUM_RANKS
+
+
+@TOPOLOGIES
+def test_build_and_destroy_leaves_no_device_memory_behind(rank_pools: Any, ranks_per_node: int) -> None:
+    """NVSHMEM keeps its memory for the next buffer, so that there is no more of it from the second round on."""
+    for free in run(rank_pools, many_buffers, "nvshmem", 12, ranks_per_node=ranks_per_node):
+        assert max(free[2:]) - min(free[2:]) <= 4 << 20, free
+
+
+# --- faults ---------------------------------------------------------------------------------------------------------
+
+
+@TOPOLOGIES
+def test_missing_caller_ends_in_named_errors_and_reset_heals(rank_pools: Any, ranks_per_node: int) -> None:
+    absent = NUM_RANKS - 1
+    results = run(rank_pools, missing_caller, "nvshmem", absent, ranks_per_node=ranks_per_node, timeout_s=60)
+    for rank, (kind, ranks, elapsed, works) in enumerate(results):
+        assert works
+        if rank != absent:
+            # A rank may wait for one that itself waits for the absent one.
+            assert kind == "PeerTimeoutError" and len(ranks) == 1 and 1.8 < elapsed < 4.0
+    assert any(ranks == [absent] for _, ranks, _, _ in results)
+
+
+def lost_peer(context: RankContext, lost: int, how: str) -> tuple[list[str], float]:
+    """One rank is killed, or late; what the others are told by a dispatch and by the call after it."""
+    buffer, device = buffer_of(context, "nvshmem", timeout_s=DEADLINE_S), context.device
+    num_experts = 2 * context.num_ranks
+    x = torch.ones((64, 512), dtype=torch.bfloat16, device=device)
+    topk_idx = torch.arange(64 * 4, device=device).view(64, 4) % num_experts
+
+    def round_trip() -> str:
+        try:
+            recv, _, _, _, handle, _ = buffer.dispatch(
+                x, topk_idx=topk_idx, topk_weights=topk_idx.float(), **layout_of(buffer, topk_idx, num_experts)
+            )
+            combined, _, _ = buffer.combine(recv, handle)
+            torch.cuda.synchronize()
+            return "right" if bool((combined == combined[0, 0]).all()) else "wrong"
+        except PeerError as error:
+            return f"{type(error).__name__} {'named' if error.ranks and error.phase else 'nameless'}"
+        except BufferStateError:
+            return "BufferStateError"
+
+    told = [round_trip()]
+    torch.cuda.synchronize()
+    dist.barrier(context.group)
+    started = time.monotonic()
+    if context.rank == lost:
+        if how == "killed":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.5 * DEADLINE_S if how == "late" else 3 * DEADLINE_S)
+    told += [round_trip(), round_trip()]
+    elapsed = time.monotonic() - started
+    buffer.destroy()
+    return told, elapsed
+
+
+@TOPOLOGIES
+@pytest.mark.parametrize("how", ["late", "too late", "killed"])
+def test_lost_peer_ends_in_named_errors(ranks_per_node: int, how: str) -> None:
+    lost = NUM_RANKS - 1
+    environment = {"DEEPEP_RANKS_PER_NODE": str(ranks_per_node)}
+    try:
+        results = run_ranks(
+            lost_peer, lost, how, num_ranks=NUM_RANKS, device="cuda", timeout_s=90.0, environment=environment
+        )
+    except RankFailure as failure:
+        assert how == "killed" and set(failure.failures) == {lost}, str(failure)
+        results = list(failure.results.values())
+    for told, elapsed in results[:lost]:
+        if how == "late":
+            assert told == ["right"] * 3
+        else:
+            assert told == ["right", "PeerTimeoutError named", "BufferStateError"]
+            assert elapsed < 3 * DEADLINE_S
+
+
+def heap_too_small(context: RankContext) -> tuple[str, str]:
+    """More arrives at rank 0 than its symmetric memory holds; then a dispatch that fits."""
+    buffer, device, num_experts = buffer_of(context, "nvshmem"), context.device, context.num_ranks
+    outcomes = []
+    for num_tokens in (4096, 16):
+        x = torch.ones((num_tokens, 2048), dtype=torch.bfloat16, device=device)
+        topk_idx = torch.zeros((num_tokens, 1), dtype=torch.int64, device=device)
+        try:
+            recv = buffer.dispatch(
+                x, topk_idx=topk_idx, topk_weights=topk_idx.float(), **layout_of(buffer, topk_idx, num_experts)
+            )[0]
+            torch.cuda.synchronize()
+            outcomes.append(f"{recv.shape[0]} rows")
+            buffer.get_dispatch_layout(topk_idx, num_experts)  # says what the kernel found
+        except DeepEPError as error:
+            outcomes[len(outcomes) :] = [str(error)]
+        dist.barrier(context.group)
+    buffer.destroy()
+    return outcomes[0], outcomes[-1]
+
+
+def test_full_heap_is_an_error_that_names_the_setting_and_the_next_call_works(rank_pools: Any) -> None:
+    results = run(rank_pools, heap_too_small, ranks_per_node=2, timeout_s=60, DEEPEP_SYMMETRIC_HEAP_MB="32")
+    assert "DEEPEP_SYMMETRIC_HEAP_MB" in results[0][0]
+    assert [last for _, last in results] == [f"{16 * NUM_RANKS} rows", "0 rows", "0 rows", "0 rows"]
+
+
+def two_groups(context: RankContext) -> str:
+    """After a buffer of all ranks, one of half of them."""
+    buffer_of(context, "nvshmem").destroy()
+    halves = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    os.environ["DEEPEP_RANKS_PER_NODE"] = "1"
+    try:
+        Buffer(halves[context.rank // 2], 1 << 20, backend="nvshmem", timeout_s=20.0).destroy()
+    except BackendUnavailableError as error:
+        return str(error)
+    return ""
+
+
+def test_another_group_is_refused_by_name() -> None:
+    for text in run_ranks(two_groups, num_ranks=NUM_RANKS, device="cuda", environment={"DEEPEP_RANKS_PER_NODE": "2"}):
+        assert "serves another group" in text and "start new processes" in text
