@@ -1,0 +1,215 @@
+"""What is simulated: shape, machine and kernel; the routing, drawn at random; the ranks with their links and SMs.
+
+Symbols as in `deep_ep.internode_model`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from deep_ep.internode_model import CHUNK_BYTES, Machine, Operation, Ring, Shape
+
+from .engine import Clock, Server
+
+
+@dataclass(frozen=True, kw_only=True)
+class Kernel:
+    """How the kernels across nodes use a GPU.
+
+    Attributes:
+        num_sms: blocks, one per SM.
+        deliver_warps: of a block of dispatch: store rows of other nodes, and while there are none the own rows.
+        send_warps: of a block of dispatch: pack messages and put them.
+        forward_warps, source_warps: of a block of combine: sum for ranks of other nodes, sum the own tokens.
+        ring_bytes: of one ring; a rank keeps two per other node.
+        chunk_bytes: what a slot aims at.
+        stage_bytes: shared memory of a delivering warp, the bytes that it has on their way.
+    """
+
+    num_sms: int = 24
+    deliver_warps: int = 7
+    send_warps: int = 12
+    forward_warps: int = 12
+    source_warps: int = 8
+    ring_bytes: int = 8 << 20
+    chunk_bytes: int = CHUNK_BYTES
+    stage_bytes: int = 28672
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scenario:
+    """One call to simulate; ``seed`` of the routing."""
+
+    operation: Operation
+    shape: Shape
+    machine: Machine
+    kernel: Kernel = field(default_factory=Kernel)
+    seed: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What came out: times of the slowest rank, bytes and shares as the mean over ranks.
+
+    Attributes:
+        seconds: of the call, launch and flags included.
+        network_bytes: messages and signals that a rank sends to other nodes.
+        least_network_bytes: of these, rows with their scales, choices and weights.
+        nvlink_bytes: what leaves a GPU over NVLink.
+        logical_bytes: rows to all nodes, the own one included.
+        rows_landed: rows stored at their destinations (dispatch) or tokens combined, over all ranks.
+        busy: share of ``seconds`` in which each resource of the busiest rank works.
+    """
+
+    seconds: float
+    network_bytes: float
+    least_network_bytes: float
+    nvlink_bytes: float
+    logical_bytes: float
+    rows_landed: int
+    busy: dict[str, float]
+
+    @property
+    def logical_rdma_gbps(self) -> float:
+        return self.logical_bytes / self.seconds / 1e9
+
+
+def draw_routing(shape: Shape, seed: int) -> Any:
+    """bool ``[N, T, D, P]``: which rank gets which token of which rank."""
+    random = np.random.default_rng(seed)
+    found = np.zeros((shape.num_ranks, shape.num_tokens, shape.num_ranks), dtype=bool)
+    per_rank = shape.num_experts // shape.num_ranks
+    for in_rank in found:
+        appeal = random.random((shape.num_tokens, shape.num_experts), dtype=np.float32)
+        if shape.num_topk_groups < shape.num_groups:
+            grouped = appeal.reshape(shape.num_tokens, shape.num_groups, -1)
+            losers = np.argsort(grouped.max(axis=2), axis=1)[:, : shape.num_groups - shape.num_topk_groups]
+            np.put_along_axis(grouped, losers[:, :, None], np.float32(-1), axis=1)
+        chosen = np.argpartition(appeal, shape.num_experts - shape.num_topk, axis=1)[:, -shape.num_topk :]
+        np.put_along_axis(in_rank, chosen // per_rank, True, axis=1)
+    return found.reshape(shape.num_ranks, shape.num_tokens, shape.num_nodes, shape.ranks_per_node)
+
+
+class Gpu:
+    """Links and SMs of one rank."""
+
+    def __init__(self, scenario: Scenario) -> None:
+        machine = scenario.machine
+        is_push = scenario.operation == "dispatch"
+        nvlink = (machine.nvlink_push_gbps if is_push else machine.nvlink_pull_gbps) * 1e3
+        self.nvlink_out, self.nvlink_in = Server(nvlink), Server(nvlink)
+        self.nic_out = self.nic_in = None
+        if machine.nic_gbps is not None:
+            self.nic_out, self.nic_in = Server(machine.nic_gbps * 1e3), Server(machine.nic_gbps * 1e3)
+        self.sms = [Server(1.0) for _ in range(scenario.kernel.num_sms)]
+        self.network_bytes = 0.0
+        self.least_network_bytes = 0.0
+        self.end = 0.0
+
+    def share_busy(self, seconds: float) -> dict[str, float]:
+        shares = {"NVLink": max(self.nvlink_out.busy_us, self.nvlink_in.busy_us)}
+        if self.nic_out is not None and self.nic_in is not None:
+            shares["NIC"] = max(self.nic_out.busy_us, self.nic_in.busy_us)
+        shares["SMs"] = sum(sm.busy_us for sm in self.sms) / len(self.sms)
+        return {name: busy / seconds / 1e6 for name, busy in shares.items()}
+
+
+class Cluster:
+    """What dispatch and combine have in common: ranks, routing, the way between nodes, what came out."""
+
+    def __init__(self, scenario: Scenario, routing: Any | None = None) -> None:
+        self.scenario, self.shape, self.machine = scenario, scenario.shape, scenario.machine
+        self.kernel = scenario.kernel
+        self.clock = Clock()
+        self.routing = draw_routing(self.shape, scenario.seed) if routing is None else routing
+        self.gpus = [Gpu(scenario) for _ in range(self.shape.num_ranks)]
+        self.row_bytes = self.shape.row_bytes(scenario.operation)
+        self.message_bytes = self.shape.message_bytes(scenario.operation)
+        self.least_bytes = self.row_bytes + self.shape.routing_bytes(scenario.operation)
+        self.ring = Ring.of(self.kernel.ring_bytes, self.message_bytes, self.kernel.chunk_bytes)
+        self.num_slots = self.ring.num_slots
+        self.rows_landed = 0
+        # SM microseconds and warp microseconds per byte.
+        self.copy_sm, self.copy_warp = 1e-3 / self.machine.sm_copy_gbps, 1e-3 / self.machine.warp_copy_gbps
+        self.put_warp = 1e-3 / self.machine.warp_put_gbps
+        self.begin = self.machine.launch_us + self.machine.flag_us  # READY of the local ranks
+
+    def node_of(self, rank: int) -> int:
+        return rank // self.shape.ranks_per_node
+
+    def rank_at(self, node: int, like: int) -> int:
+        """The rank of ``node`` with the local index of rank ``like``."""
+        return node * self.shape.ranks_per_node + like % self.shape.ranks_per_node
+
+    def other_nodes(self, rank: int) -> list[int]:
+        """In the order in which a rank serves them: beginning behind its own, so that not all begin with one."""
+        own = self.node_of(rank)
+        return [(own + step) % self.shape.num_nodes for step in range(1, self.shape.num_nodes)]
+
+    def block_of(self, slot: int) -> int:
+        """The SM that serves a slot, alike for all nodes and at both ends."""
+        return slot % self.num_slots % self.kernel.num_sms
+
+    def send(self, src: int, dst: int, num_rows: int, block: int, arrived: Any, *arguments: Any) -> float:
+        """Put rows into the peer's ring; ``arrived`` is called there. Returns when the sending warp is free."""
+        now, num_bytes = self.clock.now, num_rows * self.message_bytes
+        a, b = self.gpus[src], self.gpus[dst]
+        a.network_bytes += num_bytes + 8
+        a.least_network_bytes += num_rows * self.least_bytes
+        if a.nic_out is not None and b.nic_in is not None:
+            free = now
+            through = max(a.nic_out.serve(now, num_bytes + 8), b.nic_in.serve(now, num_bytes + 8))
+        else:
+            through = max(a.nvlink_out.serve(now, num_bytes), b.nvlink_in.serve(now, num_bytes))
+            busy = a.sms[block].serve(now, num_bytes * self.copy_sm)
+            free = through = max(through, busy, now + num_bytes * self.put_warp)
+        self.clock.at(through + self.machine.network_us, arrived, *arguments)
+        return free
+
+    def tell(self, heard: Any, *arguments: Any) -> None:
+        """A credit or a request to another node."""
+        self.clock.at(self.clock.now + self.machine.network_us, heard, *arguments)
+
+    def copy_rows(self, copies: Any, home: int, *, is_pull: bool) -> float:
+        """Rows between rank ``home`` and its node's ranks, ``copies[local]`` of them. When the links are through."""
+        now, first = self.clock.now, self.node_of(home) * self.shape.ranks_per_node
+        here, total, through = self.gpus[home], 0, now
+        for local, count in enumerate(copies):
+            if count and first + local != home:
+                total += count
+                peer = self.gpus[first + local]
+                link = peer.nvlink_out if is_pull else peer.nvlink_in
+                through = max(through, link.serve(now, count * self.row_bytes))
+        if total:
+            link = here.nvlink_in if is_pull else here.nvlink_out
+            through = max(through, link.serve(now, total * self.row_bytes))
+        return through
+
+    def outcome(self) -> Outcome:
+        """After the clock has run out. Raises if something never came to its end."""
+        left = self.unfinished()
+        if left:
+            raise RuntimeError(f"the simulation stands still at {self.clock.now:.1f} us: {left}")
+        seconds = max(gpu.end for gpu in self.gpus) / 1e6
+        count = len(self.gpus)
+        logical = int(self.routing.any(axis=3).sum()) * self.row_bytes
+        busy: dict[str, float] = {}
+        for gpu in self.gpus:
+            for name, share in gpu.share_busy(seconds).items():
+                busy[name] = max(busy.get(name, 0.0), share)
+        return Outcome(
+            seconds=seconds,
+            network_bytes=sum(gpu.network_bytes for gpu in self.gpus) / count,
+            least_network_bytes=sum(gpu.least_network_bytes for gpu in self.gpus) / count,
+            nvlink_bytes=sum(gpu.nvlink_out.served for gpu in self.gpus) / count,
+            logical_bytes=logical / count,
+            rows_landed=self.rows_landed,
+            busy=busy,
+        )
+
+    def unfinished(self) -> str:
+        """What still waits; empty if nothing does."""
+        raise NotImplementedError

@@ -1,0 +1,125 @@
+"""What was measured (records of ``deepep bench``) and what others have published, beside model and simulation."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from deep_ep.internode_model import H200_400G, Estimate, Machine, Operation, Shape, estimate
+
+RESULTS = Path(__file__).resolve().parents[1] / "results"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """One row of a record, as a case for model and simulation."""
+
+    record: str
+    operation: Operation
+    shape: Shape
+    num_sms: int
+    seconds: float
+
+
+def measured_in(record: dict[str, Any], name: str) -> list[Measured]:
+    """The rows of a record that the model speaks of: dispatch by a known handle and combine, uniform, on given SMs."""
+    facts = record["shape"]
+    if facts["mode"] != "normal" or facts.get("routing", "uniform") != "uniform":
+        return []
+    if record["hardware"]["hosts"] != 1 or "H200" not in record["hardware"]["device"]:
+        return []
+    shape = Shape(
+        num_nodes=record["num_ranks"] // record["ranks_per_node"],
+        ranks_per_node=record["ranks_per_node"],
+        num_tokens=facts["tokens"],
+        hidden=facts["hidden"],
+        num_topk=facts["topk"],
+        num_experts=facts["experts"],
+        is_fp8=facts["dtype"] == "fp8",
+        is_cached=True,
+    )
+    return [
+        Measured(record=name, operation=row["operation"], shape=shape, num_sms=row["num_sms"], seconds=row["seconds"])
+        for row in record["measurements"]
+        if row["contender"] == "deep_ep" and row["operation"] in ("dispatch", "combine") and row["num_sms"]
+    ]
+
+
+def load(paths: Iterable[Path] | None = None) -> list[Measured]:
+    """All rows of the JSON records below ``benchmarks/results``, or of these files."""
+    found = []
+    for path in sorted(RESULTS.glob("*/*.json")) if paths is None else paths:
+        found += measured_in(json.loads(path.read_text()), f"{path.parent.name}/{path.stem}")
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """A figure of another project: GB/s to all nodes, the own one included, per rank.
+
+    Attributes:
+        num_sms: of its kernel, ``None`` if not said.
+        machine: on which the model is asked.
+    """
+
+    who: str
+    operation: Operation
+    num_nodes: int
+    gbps: float
+    num_sms: int | None
+    machine: Machine
+
+    def estimate(self) -> Estimate:
+        """The model's answer for its routing: a token chooses among the four best nodes, if there are more."""
+        groups = self.num_nodes
+        shape = Shape(num_nodes=self.num_nodes, num_groups=groups, num_topk_groups=min(4, groups), is_cached=True)
+        return estimate(self.operation, shape, self.machine)
+
+
+# 7/8 of what V1 itself reaches in one node of H800s, 153 and 158 GB/s with the own rank's share counted.
+_H800_V1 = Machine(**(vars(H200_400G) | {"nvlink_push_gbps": 153 * 7 / 8, "nvlink_pull_gbps": 158 * 7 / 8}))
+
+_V1: tuple[tuple[Operation, tuple[int, ...]], ...] = (("dispatch", (43, 58, 51)), ("combine", (43, 57, 50)))
+PUBLISHED = (
+    *(
+        Published(who="DeepEP V1, H800", operation=op, num_nodes=n, gbps=gbps, num_sms=24, machine=_H800_V1)
+        for op, figures in _V1
+        for n, gbps in zip((2, 4, 8), figures, strict=True)
+    ),
+    Published(who="DeepEP V2, SM90", operation="dispatch", num_nodes=2, gbps=90, num_sms=12, machine=H200_400G),
+    Published(who="DeepEP V2, SM90", operation="combine", num_nodes=2, gbps=81, num_sms=12, machine=H200_400G),
+    Published(who="DeepEP V2, SM90", operation="dispatch", num_nodes=4, gbps=61, num_sms=6, machine=H200_400G),
+    Published(who="DeepEP V2, SM90", operation="combine", num_nodes=4, gbps=61, num_sms=6, machine=H200_400G),
+    Published(who="Tencent, H20", operation="dispatch", num_nodes=2, gbps=89.5, num_sms=12, machine=H200_400G),
+    Published(who="Tencent, H20", operation="combine", num_nodes=2, gbps=82.3, num_sms=12, machine=H200_400G),
+    Published(who="Hybrid-EP, H100", operation="dispatch", num_nodes=2, gbps=62, num_sms=8, machine=H200_400G),
+    Published(who="Hybrid-EP, H100", operation="combine", num_nodes=2, gbps=68, num_sms=8, machine=H200_400G),
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PublishedLatency:
+    """A low-latency call of DeepEP V1, 128 tokens. Here the model gives a lower bound, the NIC's time for the rows."""
+
+    operation: Operation
+    num_nodes: int
+    us: float
+
+    def nic_us(self) -> float:
+        """A copy for each choice, of which those to other nodes leave through the NIC."""
+        row = Shape(num_nodes=self.num_nodes).row_bytes(self.operation)
+        return 128 * 8 * (1 - 1 / self.num_nodes) * row / ((H200_400G.nic_gbps or 0) * 1e3)
+
+
+_LATENCIES: tuple[tuple[Operation, tuple[int, ...]], ...] = (
+    ("dispatch", (118, 155, 173, 192, 194)),
+    ("combine", (195, 273, 314, 369, 360)),
+)
+PUBLISHED_LATENCIES = tuple(
+    PublishedLatency(operation=op, num_nodes=n, us=us)
+    for op, figures in _LATENCIES
+    for n, us in zip((2, 4, 8, 16, 32), figures, strict=True)
+)
