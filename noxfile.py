@@ -26,7 +26,9 @@ PURE_PACKAGES = ("deepep-core", "deepep-reference")
 NATIVE_PACKAGES = ("deepep-nvshmem", "deepep-ibgda")
 PYTHON_VERSIONS = ("3.10", "3.11", "3.12", "3.13")
 TREE_TOOLS = ("build", "hatchling", "mpi4py", "mpich", "mypy", "nox", "ruff", "tomli")
-CHECKED_SCRIPTS = ("noxfile.py", "tests/cluster", "tests/packaging", "docs", "examples")
+# The oldest NVSHMEM that is accepted, which kernels are built with and which starts without a GPU.
+NVSHMEM = "nvidia-nvshmem-cu13==3.4.5"
+CHECKED_SCRIPTS = ("noxfile.py", "tests/cluster", "tests/packaging", "docs", "examples", "benchmarks")
 # What a machine without a network lacks beside torch, numpy, pytest and hypothesis: small wheels of pure Python.
 OFFLINE_WHEELS = ("stevedore", "hatchling", "packaging", "pathspec", "pluggy", "trove-classifiers")
 
@@ -87,6 +89,28 @@ def packaging(session: nox.Session) -> None:
         session.run(target, "-m", "pip", "install", "--quiet", *wheels, external=True)
         session.run(target, "-m", "pip", "check", external=True)
         session.run(target, "tests/packaging/check_install.py", *combination, external=True)
+    if natives:
+        across_nodes(session, dist)
+
+
+def across_nodes(session: nox.Session, dist: Path) -> None:
+    """deepep-nvshmem beside NVSHMEM, built with it and built without."""
+    target = clean_environment(session, "nvshmem")
+    core = str(next(dist.glob("deepep_core-*.whl")))
+    whole = str(next(dist.glob("deepep_nvshmem-*.whl")))
+    session.run(target, "-m", "pip", "install", "--quiet", core, f"{whole}[cu13]", NVSHMEM, external=True)
+    session.run(target, "tests/packaging/check_nvshmem.py", "built", external=True)
+    without = Path(session.create_tmp()) / "without"
+    shutil.rmtree(without, ignore_errors=True)
+    # One architecture will do: the kernels that are left are those of the wheel above.
+    session.run(
+        sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(without),
+        str(next(dist.glob("deepep_nvshmem-*.tar.gz"))), external=True,
+        env={"DEEPEP_WITHOUT_NVSHMEM": "1", "TORCH_CUDA_ARCH_LIST": "9.0"},
+    )  # fmt: skip
+    reinstall = ("--quiet", "--no-deps", "--force-reinstall", str(next(without.glob("*.whl"))))
+    session.run(target, "-m", "pip", "install", *reinstall, external=True)
+    session.run(target, "tests/packaging/check_nvshmem.py", "left-out", external=True)
 
 
 @nox.session(default=False)
@@ -129,8 +153,8 @@ def tree_python(session: nox.Session) -> str:
         editable = [part for name in PURE_PACKAGES for part in ("-e", f"packages/{name}")]
         editable[1] += "[cli,testing]"
         session.run(
-            str(python), "-m", "pip", "install", "--quiet", "-c", "constraints.txt", *TREE_TOOLS, *editable,
-            external=True,
+            str(python), "-m", "pip", "install", "--quiet", "-c", "constraints.txt", *TREE_TOOLS,
+            f"{NVSHMEM}; sys_platform == 'linux'", *editable, external=True,
         )  # fmt: skip
         stamp.write_text(state)
     return str(python)

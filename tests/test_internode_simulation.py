@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -40,7 +41,7 @@ def test_one_row_between_two_ranks_takes_the_sum_of_its_steps() -> None:
     begin = 4.0 + 1.3  # launch, READY
     pack = 7424 / 4.4e3
     wire = (7424 + 8) / 45e3 + 5.0
-    store = 1.3 + 7392 * 2.6 / 28672  # a flag's time, then as fast as the stages come round
+    store = 1.3 + 7392 * 2.6 / 43008  # a flag's time, then as fast as the stages come round
     assert found.seconds * 1e6 == pytest.approx(begin + pack + wire + store + 5.0 + 1.3)  # credit, DONE
     assert found.network_bytes == 7424 + 8
     assert found.rows_landed == 2
@@ -49,12 +50,12 @@ def test_one_row_between_two_ranks_takes_the_sum_of_its_steps() -> None:
 @pytest.mark.parametrize(
     ("operation", "num_nodes", "ranks_per_node", "is_virtual", "num_sms", "recorded_us"),
     [
-        ("dispatch", 2, 2, True, 24, 77.9),
-        ("combine", 2, 2, True, 24, 201.8),
-        ("dispatch", 4, 1, True, 24, 98.2),
-        ("combine", 4, 1, True, 24, 249.1),
-        ("dispatch", 2, 8, False, 12, 209.3),
-        ("combine", 2, 8, False, 12, 425.7),
+        ("dispatch", 2, 2, True, 24, 69.6),
+        ("combine", 2, 2, True, 24, 165.2),
+        ("dispatch", 4, 1, True, 24, 93.1),
+        ("combine", 4, 1, True, 24, 282.9),
+        ("dispatch", 2, 8, False, 12, 201.7),
+        ("combine", 2, 8, False, 12, 427.6),
     ],
 )
 def test_recorded_cases_come_out_again(
@@ -98,6 +99,9 @@ def test_a_record_of_virtual_nodes_is_read_as_such() -> None:
     (found,) = records.measured_in(record, "name")
     assert (found.operation, found.num_sms, found.seconds) == ("dispatch", 24, 3e-4)
     assert (found.shape.num_nodes, found.shape.ranks_per_node, found.shape.is_fp8) == (2, 2, False)
+    assert (found.shape.num_groups, found.shape.num_topk_groups) == (1, 1)
+    grouped = record | {"shape": record["shape"] | {"num_groups": 8, "num_topk_groups": 4}}  # type: ignore[operator]
+    assert records.measured_in(grouped, "name")[0].shape == replace(found.shape, num_groups=8, num_topk_groups=4)
     assert records.measured_in(record | {"shape": record["shape"] | {"routing": "skewed"}}, "name") == []  # type: ignore[operator]
     assert records.measured_in(record | {"hardware": {"device": "CPU", "hosts": 1}}, "name") == []
 
@@ -261,6 +265,25 @@ def test_rings_are_cut_as_the_kernels_cut_them(tmp_path: Path) -> None:
     shape = Shape(num_nodes=2)
     sizes = [shape.message_bytes("dispatch"), replace(shape, is_cached=True).message_bytes("dispatch")]
     assert [*sizes, shape.message_bytes("combine")] == list(map(int, printed[-1].split()))
+
+
+def test_blocks_have_the_warps_of_the_kernels() -> None:
+    csrc = ROOT / "packages/deepep-nvshmem/csrc/internode"
+    text = "".join((csrc / name).read_text() for name in ("dispatch_shape.cpp", "combine.cu", "combine_parts.cuh"))
+
+    def constant(name: str) -> int:
+        found = re.search(rf"\b{name} = (\d+)(?: \* 1024)?[,;]", text)
+        assert found is not None, name
+        return int(found[1])
+
+    kernel, cached_row = Kernel(), 7168 + 512
+    assert (kernel.deliver_warps, kernel.send_warps) == (constant("kUsualDeliverWarps"), constant("kUsualSendWarps"))
+    num_stages = constant("kEnoughBytes") * 1024 // (kernel.deliver_warps * cached_row)
+    assert kernel.stage_bytes == num_stages * 7168
+    alone, together = map(int, re.findall(r"ranks_per_node == 1 \? (\d+) : (\d+);", text)[0])
+    num_warps = constant("kNumCombineWarps") - constant("kNumRequestWarps")
+    assert kernel.combine_warps(1) == (alone, num_warps - alone)
+    assert kernel.combine_warps(8) == (together, num_warps - together)
 
 
 def test_the_command_prints_a_table_and_draws_a_plot(tmp_path: Path) -> None:

@@ -17,26 +17,32 @@ from .engine import Clock, Server
 
 @dataclass(frozen=True, kw_only=True)
 class Kernel:
-    """How the kernels across nodes use a GPU.
+    """How the kernels across nodes use a GPU; what is not given is as in the kernels themselves.
 
     Attributes:
         num_sms: blocks, one per SM.
         deliver_warps: of a block of dispatch: store rows of other nodes, and while there are none the own rows.
         send_warps: of a block of dispatch: pack messages and put them.
-        forward_warps, source_warps: of a block of combine: sum for ranks of other nodes, sum the own tokens.
+        forward_warps, source_warps: of a block of combine: sum for ranks of other nodes, sum the own tokens. ``None``:
+            of 19 warps 10 forward, 14 where a node is one rank, which has nothing of its own to sum.
         ring_bytes: of one ring; a rank keeps two per other node.
         chunk_bytes: what a slot aims at.
         stage_bytes: shared memory of a delivering warp, the bytes that it has on their way.
     """
 
     num_sms: int = 24
-    deliver_warps: int = 7
-    send_warps: int = 12
-    forward_warps: int = 12
-    source_warps: int = 8
+    deliver_warps: int = 4
+    send_warps: int = 11
+    forward_warps: int | None = None
+    source_warps: int | None = None
     ring_bytes: int = 8 << 20
     chunk_bytes: int = CHUNK_BYTES
-    stage_bytes: int = 28672
+    stage_bytes: int = 43008
+
+    def combine_warps(self, ranks_per_node: int) -> tuple[int, int]:
+        """Forward and source warps of a block."""
+        forward = self.forward_warps or (14 if ranks_per_node == 1 else 10)
+        return forward, self.source_warps or 19 - forward
 
 
 @dataclass(frozen=True, kw_only=True)

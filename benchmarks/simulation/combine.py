@@ -17,8 +17,9 @@ class Combine(Cluster):
         kernel, machine = self.kernel, self.machine
         self.sum_sm, self.sum_warp = 1e-3 / machine.sm_sum_gbps, 1e-3 / machine.warp_sum_gbps
         blocks = range(kernel.num_sms)
-        self.forwarders = [[Warps(kernel.forward_warps, self.answer) for _ in blocks] for _ in self.gpus]
-        self.sources = [[Warps(kernel.source_warps, self.add_nodes) for _ in blocks] for _ in self.gpus]
+        num_forward, num_source = kernel.combine_warps(self.shape.ranks_per_node)
+        self.forwarders = [[Warps(num_forward, self.answer) for _ in blocks] for _ in self.gpus]
+        self.sources = [[Warps(num_source, self.add_nodes) for _ in blocks] for _ in self.gpus]
         # For each rank, block of tokens and node: copies at each local rank, and tokens that have any.
         self.block_tokens = self.ring.chunk_rows(self.shape.num_tokens)
         starts = np.arange(0, self.shape.num_tokens, self.block_tokens)

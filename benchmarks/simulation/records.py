@@ -40,6 +40,8 @@ def measured_in(record: dict[str, Any], name: str) -> list[Measured]:
         num_experts=facts["experts"],
         is_fp8=facts["dtype"] == "fp8",
         is_cached=True,
+        num_groups=facts.get("num_groups", 1),
+        num_topk_groups=facts.get("num_topk_groups", 1),
     )
     return [
         Measured(record=name, operation=row["operation"], shape=shape, num_sms=row["num_sms"], seconds=row["seconds"])

@@ -14,6 +14,7 @@ import sys
 import sysconfig
 import tempfile
 from pathlib import Path
+from types import ModuleType
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -22,6 +23,8 @@ else:
 
 ROOT = Path(__file__).resolve().parents[2]
 SITE_PACKAGES = Path(sysconfig.get_paths()["purelib"])
+NATIVE_MODULES = {"deepep-nvshmem": ["_nvlink", "_nvshmem"], "deepep-ibgda": ["_ibgda"]}
+ARCHITECTURES = [80, 90, 100]
 
 
 def expect(condition: bool, complaint: str) -> None:
@@ -57,21 +60,56 @@ def check_import(packages: list[str]) -> None:
         importlib.import_module("deep_ep" if package == "deepep-core" else package.replace("-", "_"))
 
 
+def native_modules(package: str) -> list[ModuleType]:
+    """The extension modules of a package, loaded; all that it can have must be there."""
+    folder = SITE_PACKAGES / package.replace("-", "_")
+    names = sorted(path.name.split(".")[0] for path in folder.glob("*.so"))
+    wanted = NATIVE_MODULES.get(package, [])
+    expect(names == wanted, f"{package} has the extension modules {names}, expected {wanted}")
+    flags, modules = sys.getdlopenflags(), []
+    try:
+        sys.setdlopenflags(os.RTLD_LAZY | os.RTLD_LOCAL)  # as the package does: NVSHMEM's functions are found later
+        modules = [importlib.import_module(f"{folder.name}.{name}") for name in names]
+    finally:
+        sys.setdlopenflags(flags)
+    return modules
+
+
 def check_native_modules(packages: list[str]) -> None:
     """Extension modules load although neither a driver nor NVSHMEM is here, and leave one another's names alone."""
-    modules = []
-    for package in packages:
-        folder = SITE_PACKAGES / package.replace("-", "_")
-        for path in sorted(folder.glob("*.so")):
-            modules.append(importlib.import_module(f"{folder.name}.{path.name.split('.')[0]}"))
-            print(f"  {modules[-1].__name__} loads")
+    modules = [module for package in packages for module in native_modules(package)]
     for module in modules:
+        if "TORCH_CUDA_ARCH_LIST" not in os.environ:
+            found = list(module.architectures())
+            expect(found == ARCHITECTURES, f"{module.__name__} is built for {found}, expected {ARCHITECTURES}")
+        print(f"  {module.__name__} loads, built for {module.architectures()}")
         try:
-            module.Arena(device=-1, num_reserved_bytes=1)
+            if hasattr(module, "Arena"):
+                module.Arena(device=-1, num_reserved_bytes=1)
+            else:
+                module.network_attach(device=0)
         except module.NativeError as error:
             expect(type(error).__module__ == module.__name__, f"{module.__name__} raised another module's error")
         else:
-            expect(False, f"{module.__name__} reserved memory on a device that cannot be")
+            expect(False, f"{module.__name__} found a device or a network that cannot be")
+
+
+def check_across_nodes(packages: list[str]) -> None:
+    """Without NVSHMEM the backend across nodes says which package is missing, and the one inside a node stays."""
+    if "deepep-nvshmem" not in packages:
+        return
+    from deep_ep.backend import Environment
+
+    package = importlib.import_module("deepep_nvshmem")
+    here = Environment(device_type="cuda", num_gpus=0)
+    obstacles = [str(obstacle) for obstacle in package.NvshmemBackend.probe(here)]
+    expect(
+        len(obstacles) == 1 and "NVSHMEM is not installed" in obstacles[0] and "nvidia-nvshmem-cu13" in obstacles[0],
+        f"without NVSHMEM the backend nvshmem says {obstacles}",
+    )
+    inside = package.NvlinkBackend.probe(here)
+    expect(inside == [], f"the backend nvlink says {inside}")
+    print(f"  nvshmem: {obstacles[0]}")
 
 
 def declared_backends(package: str) -> list[str]:
@@ -154,6 +192,7 @@ def main(packages: list[str]) -> None:
     check_torch_was_left_alone()
     check_import(packages)
     check_native_modules(packages)
+    check_across_nodes(packages)
     check_backends(packages)
     check_buffer(packages)
 

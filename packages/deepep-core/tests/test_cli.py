@@ -19,9 +19,9 @@ from typer.testing import CliRunner, Result
 from deep_ep import Buffer, Config
 from deep_ep import settings as library_settings
 from deep_ep.cli import backends as cli_backends
-from deep_ep.cli import bench_data, demo, machine, show, tune
+from deep_ep.cli import bench_data, bench_floor, bench_report, demo, machine, show, tune
 from deep_ep.cli.app import app
-from deep_ep.cli.bench_job import BenchResult, BenchSettings, run_bench
+from deep_ep.cli.bench_job import BenchResult, BenchSettings, Measurement, rated, run_bench
 from deep_ep.cli.demo_job import DemoReport, DemoSettings, run_demo, token_range
 from deep_ep.launch import RankContext, RankPool
 
@@ -263,6 +263,49 @@ def test_bench_measures_checks_and_writes(here: Path, mode: str, dtype: str) -> 
     assert all({"pair", "dispatch", "combine"} <= operations for operations in by_contender.values())
 
 
+def test_bench_of_virtual_nodes_counts_what_two_hops_move(here: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DEEPEP_RANKS_PER_NODE", "2")
+    result = run(
+        "bench --ranks 4 --tokens 8,12 --hidden 256 --topk 3 --experts 8 --groups 4 --topk-groups 2 --iterations 2 "
+        "--warmup 1 --no-rivals --no-plot --output small.json"
+    )
+    assert result.exit_code == 0, result.output
+    assert "top-3 of 8 experts, from 2 of 4 groups" in result.output
+    for tokens in (8, 12):
+        record = json.loads((here / f"small-{tokens}.json").read_text())
+        facts = record["shape"]
+        assert (facts["tokens"], facts["num_groups"], facts["num_topk_groups"]) == (tokens, 4, 2)
+        assert (record["ranks_per_node"], record["checked"]["equal"]) == (2, True)
+        assert {m["contender"] for m in record["measurements"]} == {"deep_ep"}
+        shape = bench_data.Shape(**facts)
+        out_and_back = bench_floor.two_hop_bytes(shape, 2, 2)
+        for m in record["measurements"]:
+            assert m["two_hop_bytes"] == out_and_back[m["operation"].partition(",")[0]]
+            assert m["two_hop_efficiency"] is None, "the reference cannot measure the links"
+
+
+@pytest.mark.parametrize("tokens", ["0", "8,x", "8,8"])
+def test_bench_refuses_token_counts_that_are_none(here: Path, tokens: str) -> None:
+    result = run(f"bench --tokens {tokens}")
+    assert result.exit_code == 2
+    assert "different positive numbers" in result.output
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--groups 3 --topk-groups 2", "8 experts in 3 groups"),
+        ("--groups 2 --topk-groups 3", "3 of them chosen"),
+        ("--groups 4 --topk-groups 1", "too few"),
+        ("--groups 2 --topk-groups 2 --routing skewed", "no groups"),
+    ],
+)
+def test_bench_refuses_groups_that_cannot_be(here: Path, options: str, message: str) -> None:
+    result = run(f"bench --ranks 2 --topk 3 --experts 8 {options}")
+    assert result.exit_code == 2
+    assert message in result.output
+
+
 def _shape(**changes: Any) -> bench_data.Shape:
     usual = {"mode": "normal", "tokens": 6, "hidden": 128, "topk": 2, "experts": 4, "dtype": "bf16", "num_ranks": 2}
     return bench_data.Shape(**(usual | changes))
@@ -303,6 +346,18 @@ def test_bench_bytes_by_hand() -> None:
     assert _shape(hidden=256, dtype="fp8").dispatch_row_bytes == 256 + 2 * 4
     assert _shape(hidden=256, dtype="bf16").dispatch_row_bytes == 512
     assert _shape(hidden=256, dtype="fp8").combine_row_bytes == 512
+
+
+def test_a_rate_beside_the_two_hop_floor_by_hand() -> None:
+    measured = Measurement(contender="deep_ep", operation="dispatch", num_sms=24, seconds=250e-6, physical_bytes=40e6)
+    found = rated(measured, 400.0, 80e6)
+    assert found.wire_efficiency == pytest.approx(0.4)
+    assert found.two_hop_efficiency == pytest.approx(0.8)
+    assert bench_report.floor_line(found) == (
+        "dispatch, 24 SMs: 250 us; two-hop floor 200 us (76.3 MiB out of the busiest rank): [bold]0.80[/]"
+    )
+    assert rated(measured, None, 80e6).two_hop_efficiency is None
+    assert rated(measured, 400.0, None).two_hop_efficiency is None
 
 
 def test_bench_data_differ_between_rows_and_are_exact() -> None:

@@ -118,7 +118,7 @@ def test_different_windows_are_an_error_that_lists_them(machine: Any, monkeypatc
     channel = machine.channel
     others = internode._RING.pack(1 << 20)
     monkeypatch.setattr(type(channel), "all_gather", lambda self, record, **_how: [record, others, others, others])
-    with pytest.raises(PeersDisagreeError, match=r"DEEPEP_NVSHMEM_WINDOW_MB \(rank 0: 16, rank 1: 2,"):
+    with pytest.raises(PeersDisagreeError, match=r"DEEPEP_NVSHMEM_WINDOW_MB \(rank 0: 24, rank 1: 2,"):
         NvshmemNormal(facts_of(machine), BufferOptions())
 
 
@@ -158,7 +158,7 @@ def test_kernels_write_to_what_the_handle_holds(part: NvshmemNormal, machine: An
     names = ("rdma_channel_prefix", "gbl_channel_prefix", "recv_rdma_channel_prefix", "recv_rdma_rank_prefix")
     names += ("recv_gbl_channel_prefix", "recv_gbl_rank_prefix")
     assert [notify[name] for name in names] == addresses[1:7]
-    assert notify["send_rdma_head"] == launched["send_rdma_head"] == addresses[8]
+    assert notify["send_rdma_head"] == addresses[8] and launched["unlisted_rdma_head"] == 0
     assert (launched["recv_src_meta"], launched["send_nvl_head"]) == (addresses[7], addresses[9])
     assert (launched["dst_rows"], launched["tokens_to_node"]) == (notify["dst_rows"], notify["tokens_to_node"])
     sizes = dict.fromkeys(names, NUM_NODES) | {
@@ -212,6 +212,7 @@ def test_a_fixed_number_of_rows_waits_for_nothing_and_a_graph_keeps_its_memory(
 def test_a_cached_dispatch_sends_rows_by_the_handle_alone(part: NvshmemNormal, machine: Any) -> None:
     handle = dispatch(part, machine).handle
     assert handle is not None
+    (notify,) = machine.of("notify")
     machine.calls.clear()
     machine.log.clear()
     request = {"layout": None, "topk_idx": None, "topk_weights": None, "handle": handle}
@@ -220,8 +221,21 @@ def test_a_cached_dispatch_sends_rows_by_the_handle_alone(part: NvshmemNormal, m
     assert launched["is_cached"] and launched["num_topk"] == 0 and launched["ticket"] == 0
     assert launched["dst_rows"] == launched["recv_src_meta"] == launched["topk_idx"] == 0
     assert launched["send_nvl_head"] == handle[9].data_ptr() and launched["forward_capacity"] == 3
-    assert launched["tokens_to_node"] not in (0, launched["send_rdma_head"])
+    assert launched["tokens_to_node"] == notify["tokens_to_node"] and launched["unlisted_rdma_head"] == 0
     assert result.recv_x.shape == (4, HIDDEN) and result.handle is None and "notify" not in machine.log
+
+
+def test_clones_of_a_handle_have_their_tokens_listed_again(part: NvshmemNormal, machine: Any) -> None:
+    handle = dispatch(part, machine).handle
+    assert handle is not None
+    (notify,) = machine.of("notify")
+    clones = tuple(p.clone() if p is not None else None for p in handle)
+    for _ in range(2):
+        machine.calls.clear()
+        dispatch(part, machine, layout=None, topk_idx=None, topk_weights=None, handle=clones)
+        (launched,) = machine.of("dispatch")
+        assert clones[8] is not None and launched["unlisted_rdma_head"] == clones[8].data_ptr()
+        assert launched["tokens_to_node"] not in (0, notify["tokens_to_node"], launched["unlisted_rdma_head"])
 
 
 # --- memory that is too small ---------------------------------------------------------------------------------------
@@ -248,8 +262,8 @@ def test_rows_that_no_window_holds_are_refused_with_the_size_that_would(
     part: NvshmemNormal, machine: Any, nvshmem: Any
 ) -> None:
     handle = dispatch(part, machine)
-    nvshmem.least_ring_bytes = 9 << 20
-    with pytest.raises(ArgumentError, match=r"need a window of 18 MiB .* 16 are there. Raise DEEPEP_NVSHMEM_WINDOW_MB"):
+    nvshmem.least_ring_bytes = 13 << 20
+    with pytest.raises(ArgumentError, match=r"need a window of 26 MiB .* 24 are there. Raise DEEPEP_NVSHMEM_WINDOW_MB"):
         dispatch(part, machine)
     assert machine.log[-1] == "refuse"
     with pytest.raises(ArgumentError, match=r"combine: rows .* DEEPEP_NVSHMEM_WINDOW_MB"):

@@ -85,6 +85,24 @@ def test_build_and_destroy_leaves_no_device_memory_behind(rank_pools: Any, ranks
         assert max(free[2:]) - min(free[2:]) <= 4 << 20, free
 
 
+def push_limit(context: RankContext) -> float | None:
+    buffer = buffer_of(context, "nvshmem")
+    free, limit = [], None
+    for _ in range(2):
+        limit = buffer.push_limit_gbps(24)
+        torch.cuda.empty_cache()
+        free.append(torch.cuda.mem_get_info()[0])
+    buffer.destroy()
+    assert free[0] - free[1] <= 4 << 20, "what was mapped for the measurement is unmapped"
+    return limit
+
+
+@TOPOLOGIES
+def test_virtual_nodes_know_what_the_links_between_them_carry(rank_pools: Any, ranks_per_node: int) -> None:
+    limits = run(rank_pools, push_limit, ranks_per_node=ranks_per_node)
+    assert len(set(limits)) == 1 and limits[0] > 10
+
+
 # --- faults ---------------------------------------------------------------------------------------------------------
 
 

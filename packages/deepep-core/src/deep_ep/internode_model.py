@@ -296,7 +296,7 @@ def _sm_seconds(operation: Operation, shape: Shape, machine: Machine) -> float:
 # --- what suffices --------------------------------------------------------------------------------------------------
 
 CHUNK_BYTES = 32768  # of rows that travel together: long enough for a NIC and for a warp's put
-_MOST_SLOTS, _MOST_CHUNK_ROWS, _FEW_SLOTS = 192, 32, 16
+_MOST_SLOTS, _MOST_CHUNK_ROWS, _FEW_SLOTS = 384, 32, 16
 _LEAST_SMS = 8
 
 

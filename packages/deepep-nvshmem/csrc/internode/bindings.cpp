@@ -106,7 +106,7 @@ void bind_runtime(py::module_& m) {
         .def("dispatch",
              [](Runtime& self, uint64_t x, int64_t num_row_bytes, uint64_t scales, int num_scales, int64_t scales_stride_token, int64_t scales_stride_col,
                 uint64_t topk_idx, int topk_idx_bits, uint64_t topk_weights, int64_t num_tokens, int num_topk, int num_experts, bool is_cached, uint64_t dst_rows,
-                uint64_t tokens_to_node, uint64_t send_rdma_head, uint64_t rdma_channel_prefix, uint64_t recv_rdma_rank_prefix, uint64_t recv_gbl_rank_prefix,
+                uint64_t tokens_to_node, uint64_t unlisted_rdma_head, uint64_t rdma_channel_prefix, uint64_t recv_rdma_rank_prefix, uint64_t recv_gbl_rank_prefix,
                 uint64_t send_nvl_head, int64_t forward_capacity, uint64_t recv_x, uint64_t recv_scales, uint64_t recv_topk_idx, uint64_t recv_topk_weights,
                 uint64_t recv_src_meta, int64_t capacity, bool fill_unused, int num_sms, uint64_t stream, bool use_bulk, int num_warps, int num_stages,
                 int num_send_warps, uint32_t ticket, int64_t least_rows, double timeout_s) {
@@ -140,10 +140,10 @@ void bind_runtime(py::module_& m) {
                  const Tuning tuning{num_sms, use_bulk, num_warps, num_stages, num_send_warps};
                  std::optional<py::gil_scoped_release> unlocked;
                  if (ticket != 0) unlocked.emplace();
-                 return self.dispatch(args, pointer<int32_t>(send_rdma_head), tuning, {ticket, least_rows, timeout_s}, stream_of(stream));
+                 return self.dispatch(args, pointer<int32_t>(unlisted_rdma_head), tuning, {ticket, least_rows, timeout_s}, stream_of(stream));
              },
              py::kw_only(), "x"_a, "num_row_bytes"_a, "scales"_a, "num_scales"_a, "scales_stride_token"_a, "scales_stride_col"_a, "topk_idx"_a, "topk_idx_bits"_a,
-             "topk_weights"_a, "num_tokens"_a, "num_topk"_a, "num_experts"_a, "is_cached"_a, "dst_rows"_a, "tokens_to_node"_a, "send_rdma_head"_a,
+             "topk_weights"_a, "num_tokens"_a, "num_topk"_a, "num_experts"_a, "is_cached"_a, "dst_rows"_a, "tokens_to_node"_a, "unlisted_rdma_head"_a,
              "rdma_channel_prefix"_a, "recv_rdma_rank_prefix"_a, "recv_gbl_rank_prefix"_a, "send_nvl_head"_a, "forward_capacity"_a, "recv_x"_a, "recv_scales"_a,
              "recv_topk_idx"_a, "recv_topk_weights"_a, "recv_src_meta"_a, "capacity"_a, "fill_unused"_a, "num_sms"_a, "stream"_a, "use_bulk"_a = true,
              "num_warps"_a = 0, "num_stages"_a = 0, "num_send_warps"_a = 0, "ticket"_a = 0, "least_rows"_a = 0, "timeout_s"_a = 0.0)
@@ -184,6 +184,13 @@ PYBIND11_MODULE(_nvshmem, m) {
     m.def("architectures", [] { return std::vector<int>{DEEPEP_ARCHITECTURES}; });
     m.def("network_attach", &attach_network, py::kw_only(), "device"_a);
     m.def("network_quiet", &quiet_network, py::call_guard<py::gil_scoped_release>());
+#if DEEPEP_COUNT_PUTS
+    m.def("put_counts", [] {
+        PutCounts counts{};
+        check_runtime(read_put_counts(counts), "reading the counts of puts");
+        return py::make_tuple(counts.num_puts, counts.num_bytes, counts.num_words);
+    });
+#endif
     bind_records(m);
     bind_runtime(m);
 }

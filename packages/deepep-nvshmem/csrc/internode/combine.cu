@@ -1,14 +1,15 @@
 // Combine across nodes: every token's expert outputs come back and are summed; what crosses between nodes is one partial sum per token and node.
 //
 // Forward warps  partial sums of this node for tokens of other nodes, on request (combine_forward.cuh).
-// Source warps   requests for this rank's tokens, the own node's partial sums, and the results (combine_source.cuh).
+// Source warps   the own node's partial sums, and the results (combine_source.cuh).
+// Request warp   requests for this rank's tokens.
 //
 // Before: the handle of the dispatch says where each token's rows lie (send_rdma_head at the source, send_nvl_head at the forwarder). A local
 // rank's rows are read only after its READY was seen; its kernel ends only after all local ranks have said READ_DONE.
 // Every slot of a ring is free when the kernel starts and when it ends: the last word of a context comes after its last answer has been
 // consumed, so nothing is under way in either ring when both ends have passed it.
 // No deadlock: forward warps wait for requests alone and never block on one; source warps wait for forward warps of the blocks with their own
-// number; the lowest unfinished block runs on every rank (block numbers are drawn in the order in which blocks start). One resident block is
+// number and for source warps that took earlier tokens; the lowest unfinished block runs on every rank (block numbers are drawn in the order in which blocks start). One resident block is
 // enough, and the number of blocks has to be the same on all ranks.
 #include "deepep/common/exceptions.hpp"
 #include "internode/combine_forward.cuh"
@@ -21,14 +22,12 @@ struct Shared {
     nvlink::Handshake handshake;
     uint32_t block;
     uint32_t is_last;
+    int32_t num_taken;
+    int32_t num_sources_ended;
     PartialAddends partials[kNumCombineWarps];  // of each warp
 };
 
-// A source warp's part of dynamic shared memory.
-struct SourceScratch {
-    ResultAddends addends;
-    NodeRows node_rows[kMaxCombineNodes];
-};
+constexpr int kContextBytes = 16;  // what is kept of each context: the newest word served; blocks asked for, blocks finished
 
 // The block that finishes last tells the local ranks that this one reads their rows no more, and waits for the same from them.
 __device__ void finish(const CombineArgs& args, const WaitContext& context, Shared& shared) {
@@ -70,17 +69,27 @@ __global__ void __launch_bounds__(kNumCombineWarps * 32, 1) forward_and_sum_kern
                                local.arenas[local.rank]};
     SourceScratch* scratch = reinterpret_cast<SourceScratch*>(dynamic);
     uint64_t* served = reinterpret_cast<uint64_t*>(scratch + args.num_source_warps);
-    if (threadIdx.x == 0) shared.block = ptx::add_relaxed_gpu(&args.domain.state->combine_blocks, 1);
-    for (int i = threadIdx.x; i < args.num_block_contexts; i += blockDim.x) served[i] = 0;
+    int32_t* asked = reinterpret_cast<int32_t*>(served + args.num_block_contexts);
+    const Collection collection{&shared.num_taken, &shared.num_sources_ended, asked + args.num_block_contexts, asked};
+    if (threadIdx.x == 0) {
+        shared.block = ptx::add_relaxed_gpu(&args.domain.state->combine_blocks, 1);
+        shared.num_taken = shared.num_sources_ended = 0;
+    }
+    // A block has fewer slots than contexts, or as many.
+    for (int i = threadIdx.x; i < args.num_block_contexts; i += blockDim.x) {
+        served[i] = 0;
+        asked[i] = collection.finished[i] = 0;
+    }
     nvlink::exchange_grants(local, context, shared.handshake, sizes, own);  // barriers inside
     if (!shared.handshake.is_failed) {
         const BlockSlots slots(static_cast<int>(shared.block), args.geometry.num_slots);
         const int warp = threadIdx.x / 32;
         if (warp < args.num_forward_warps) {
             ForwardWarp(args, context, shared.handshake, shared.partials[warp], served, slots, warp).run();
+        } else if (warp < args.num_forward_warps + args.num_source_warps) {
+            SourceWarp(args, context, shared.handshake, scratch[warp - args.num_forward_warps], shared.partials[warp], collection, slots).run();
         } else {
-            const int source = warp - args.num_forward_warps;
-            SourceWarp(args, context, shared.handshake, scratch[source].addends, shared.partials[warp], scratch[source].node_rows, slots, source).run();
+            make_requests(args, context, collection, slots);
         }
     }
     finish(args, context, shared);
@@ -91,14 +100,18 @@ void shape_combine(CombineArgs& args, const Tuning& tuning, bool) {
     if (num_nodes < 2 || num_nodes > kMaxCombineNodes)
         throw ArgumentError("combine: the group has " + std::to_string(num_nodes) + " nodes; accepted are 2 to " + std::to_string(kMaxCombineNodes) + ".");
     // Where a node has one rank, nothing is pulled and the forward warps' puts decide.
-    const int usual = args.domain.group.ranks_per_node == 1 ? 14 : 12;
+    constexpr int kNumSummingWarps = kNumCombineWarps - kNumRequestWarps;
+    const int usual = args.domain.group.ranks_per_node == 1 ? 14 : 10;
     args.num_forward_warps = tuning.num_warps > 0 ? tuning.num_warps : usual;
-    if (args.num_forward_warps >= kNumCombineWarps)
-        throw ArgumentError("combine: num_warps is " + std::to_string(tuning.num_warps) + "; accepted are 1 to " + std::to_string(kNumCombineWarps - 1) +
+    if (args.num_forward_warps >= kNumSummingWarps)
+        throw ArgumentError("combine: num_warps is " + std::to_string(tuning.num_warps) + "; accepted are 1 to " + std::to_string(kNumSummingWarps - 1) +
                             " forward warps.");
-    args.num_source_warps = kNumCombineWarps - args.num_forward_warps;
+    args.num_source_warps = kNumSummingWarps - args.num_forward_warps;
     args.num_block_contexts = static_cast<int>(ceil_div(args.geometry.num_slots, max_of(1, tuning.num_sms))) * (num_nodes - 1);
-    args.num_dynamic_bytes = args.num_source_warps * static_cast<int>(sizeof(SourceScratch)) + args.num_block_contexts * 8;
+    args.num_dynamic_bytes = args.num_source_warps * static_cast<int>(sizeof(SourceScratch)) + args.num_block_contexts * kContextBytes;
+    if (args.num_dynamic_bytes > kMaxPlainSharedBytes)
+        throw ArgumentError("combine: " + std::to_string(num_nodes) + " nodes on " + std::to_string(tuning.num_sms) + " SMs need " +
+                            std::to_string(args.num_dynamic_bytes) + " bytes of shared memory; there are " + std::to_string(kMaxPlainSharedBytes) + ". Use more SMs.");
 }
 
 cudaError_t launch_combine(const CombineArgs& args, int num_sms, cudaStream_t stream) {
@@ -110,9 +123,7 @@ cudaError_t prepare_combine(bool) {
     cudaFuncAttributes attributes;
     const cudaError_t status = cudaFuncGetAttributes(&attributes, forward_and_sum_kernel);
     if (status != cudaSuccess) return status;
-    constexpr int kMostContexts = kMaxSlots * (kMaxCombineNodes - 1);  // all in one block
-    return cudaFuncSetAttribute(forward_and_sum_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                (kNumCombineWarps - 1) * static_cast<int>(sizeof(SourceScratch)) + kMostContexts * 8);
+    return cudaFuncSetAttribute(forward_and_sum_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxPlainSharedBytes);
 }
 
 }  // namespace deepep::internode

@@ -2,8 +2,8 @@
 // Forward warps: partial sums of this node for tokens of other nodes, where they are asked for.
 //
 // A context is one slot of one other node's ring. Its requests come one at a time; the answer is put together in the slot of the send ring and
-// goes to the same slot of the source's receive ring. A warp has several contexts, looks at all of them and waits for none, because a source
-// may not go on with one before another has been answered.
+// goes to the same slot of the source's receive ring. Any warp of the block takes any request, and none is waited for, because a source may not
+// go on with one before another has been answered.
 #include "combine_parts.cuh"
 
 namespace deepep::internode {
@@ -11,44 +11,53 @@ namespace {
 
 class ForwardWarp {
 public:
-    // `served`: the newest word that was acted upon, of each context of this block, in shared memory; zero at the start.
+    // `served`: the newest word that a warp has acted upon, of each context of this block, in shared memory; zero at the start.
     __device__ ForwardWarp(const CombineArgs& args, const WaitContext& context, const nvlink::Handshake& handshake, PartialAddends& addends,
                            uint64_t* served, const BlockSlots& slots, int warp)
-        : args_(args), context_(context), handshake_(handshake), addends_(addends), served_(served), slots_(slots), lane_(threadIdx.x % 32), warp_(warp) {
-        num_others_ = args.domain.group.num_nodes() - 1;
-        const int num_contexts = slots.count * num_others_;
-        num_contexts_ = num_contexts <= warp ? 0 : (num_contexts - 1 - warp) / args.num_forward_warps + 1;
-    }
+        : args_(args), context_(context), handshake_(handshake), addends_(addends), served_(reinterpret_cast<unsigned long long*>(served)), slots_(slots),
+          lane_(threadIdx.x % 32), warp_(warp), num_others_(args.domain.group.num_nodes() - 1), num_contexts_(slots.count * num_others_) {}
 
     __device__ void run() {
         uint64_t idle_since_ns = 0;
         for (uint32_t poll = 1;; ++poll) {
-            bool has_served = false;
+            bool has_moved = false;
             int unfinished = -1;  // one of the contexts that this lane still waits for
             for (int first = 0; first < num_contexts_; first += 32) {
                 const int index = first + lane_;
-                uint64_t word = 0;
+                unsigned long long before = 0, word = 0;
                 bool is_new = false;
-                if (index < num_contexts_ && !is_over(index)) {
+                if (index < num_contexts_) before = peek(served_ + index);
+                if (index < num_contexts_ && (before == 0 || !Request::of(before).is_last)) {
                     word = ptx::load_relaxed_sys(request_word(index));
-                    is_new = Request::is_of(word, context_.epoch) && word != served_[place(index)];
+                    is_new = Request::is_of(word, context_.epoch) && word != before;
+                    if (is_new && Request::of(word).is_last) {
+                        poke(served_ + index, word);
+                        is_new = false;
+                    } else {
+                        unfinished = index;
+                    }
+                }
+                const uint32_t ready = __ballot_sync(~0u, is_new);
+                if (ready == 0) continue;
+                has_moved = true;
+                const int from = choose_lane(ready, warp_);
+                bool is_mine = false;
+                if (lane_ == from && atomicCAS(served_ + index, before, word) == before) {
                     // The request permits stores to both slots: it is acquired.
-                    if (is_new) word = ptx::load_acquire_sys(request_word(index));
-                    if (is_new) served_[place(index)] = word;
-                    if (!is_over(index)) unfinished = index;
+                    static_cast<void>(ptx::load_acquire_sys(request_word(index)));
+                    is_mine = true;
                 }
-                for (uint32_t ready = __ballot_sync(~0u, is_new && !Request::of(word).is_last); ready != 0; ready &= ready - 1) {
-                    const int from = __ffs(ready) - 1;
-                    if (!serve(first + from, Request::of(__shfl_sync(~0u, word, from)))) return;
-                    has_served = true;
-                }
+                if (__shfl_sync(~0u, is_mine, from) && !serve(first + from, Request::of(__shfl_sync(~0u, word, from)))) return;
             }
             const uint32_t waiting = __ballot_sync(~0u, unfinished >= 0);
             if (waiting == 0) return;
-            if (has_served) {
+            if (has_moved) {
                 idle_since_ns = 0;
                 poll = 0;
-            } else if (poll % kPollsPerCheck == 0) {
+                continue;
+            }
+            __nanosleep(kIdleNs);
+            if (poll % kPollsPerCheck == 0) {
                 bool is_hopeless = false;
                 if (lane_ == __ffs(waiting) - 1)
                     is_hopeless = wait_is_hopeless(context_, Phase::kRequest, peer_of(unfinished), ptx::load_relaxed_sys(request_word(unfinished)),
@@ -59,19 +68,12 @@ public:
     }
 
 private:
-    // Contexts of the block in the order: slot, then node; dealt out to the warps in turn.
-    __device__ int place(int index) const { return warp_ + index * args_.num_forward_warps; }
-    __device__ int slot_of(int index) const { return slots_.slot(place(index) / num_others_); }
-    __device__ int node_of(int index) const {
-        const int other = place(index) % num_others_;
-        return other < args_.domain.group.node() ? other : other + 1;
-    }
+    static constexpr unsigned kIdleNs = 100;  // between looks at words that many warps look at
+
+    __device__ int slot_of(int index) const { return slots_.slot(index / num_others_); }
+    __device__ int node_of(int index) const { return other_node(args_.domain.group, index % num_others_); }
     __device__ int peer_of(int index) const { return args_.domain.group.peer_of(node_of(index)); }
     __device__ const uint64_t* request_word(int index) const { return args_.domain.window.request(args_.domain.network, context_.epoch, node_of(index)) + slot_of(index); }
-    __device__ bool is_over(int index) const {
-        const uint64_t word = served_[place(index)];
-        return word != 0 && Request::of(word).is_last;
-    }
 
     __device__ bool serve(int index, const Request& request) {
         const Domain& domain = args_.domain;
@@ -93,7 +95,8 @@ private:
         for (int i = 0; i < request.count; ++i) {
             const int32_t next_head = i + 1 < request.count ? head_of(args_, request.begin + i + 1) : -1;
             uint8_t* message = chunk + i * num_message_bytes;
-            sum_over_node(args_, context_, handshake_, addends_, head, message, reinterpret_cast<float*>(message + args_.message.weights_offset()));
+            const int num_rows = list_over_node(args_, context_, handshake_, addends_, head);
+            sum_listed(args_, addends_, num_rows, message, reinterpret_cast<float*>(message + args_.message.weights_offset()));
             head = next_head;
         }
         __syncwarp();
@@ -107,12 +110,12 @@ private:
     const WaitContext& context_;
     const nvlink::Handshake& handshake_;
     PartialAddends& addends_;
-    uint64_t* served_;
+    unsigned long long* served_;
     const BlockSlots slots_;
     const int lane_;
     const int warp_;
-    int num_others_;
-    int num_contexts_;  // of this warp
+    const int num_others_;
+    const int num_contexts_;
 };
 
 }  // namespace

@@ -2,6 +2,7 @@
 // What both roles of combine across nodes share: who serves which slot, and a node's partial sum of one row.
 #include "deepep/ptx/memory.cuh"
 #include "deepep/sync/wait.cuh"
+#include "internode/claims.cuh"
 #include "internode/combine_sums.cuh"
 #include "internode/kernels.hpp"
 #include "internode/network.cuh"
@@ -11,7 +12,8 @@ namespace deepep::internode {
 namespace {
 
 constexpr int kCombineOp = static_cast<int>(Op::kCombine);
-constexpr int kNumCombineWarps = 20;
+constexpr int kNumRequestWarps = 1;
+constexpr int kNumCombineWarps = 20;  // of all roles together
 constexpr int kMaxCombineNodes = 64;
 constexpr int kNumBiases = 2;
 
@@ -31,10 +33,17 @@ struct BlockSlots {
     __device__ int slot(int i) const { return block + i * num_blocks; }
 };
 
-// Sums a row over the ranks of this node that hold it, in rank order, into `out` (and its weights). `head` is the row at the rank that this lane
+// Contexts of a block (one slot of one other node's ring) are numbered slot by slot; within a slot the other nodes, each rank beginning with the
+// one behind its own.
+__device__ __forceinline__ int other_node(const Group& group, int other) {
+    const int node = group.node() + 1 + other;
+    return node >= group.num_nodes() ? node - group.num_nodes() : node;
+}
+
+// Lists the rows of a token at the ranks of this node that hold it, in rank order; returns how many. `head` is the row at the rank that this lane
 // stands for, or -1. Called by a whole warp.
-__device__ __forceinline__ void sum_over_node(const CombineArgs& args, const WaitContext& context, const nvlink::Handshake& handshake,
-                                              PartialAddends& addends, int32_t head, uint8_t* out, float* out_weights) {
+__device__ __forceinline__ int list_over_node(const CombineArgs& args, const WaitContext& context, const nvlink::Handshake& handshake,
+                                              PartialAddends& addends, int32_t head) {
     const int lane = threadIdx.x % 32;
     const bool is_rank = lane < args.domain.group.ranks_per_node;
     const nvlink::Grant& grant = handshake.grants[lane % kMaxNodeRanks];
@@ -49,8 +58,13 @@ __device__ __forceinline__ void sum_over_node(const CombineArgs& args, const Wai
         addends.weights[place] = reinterpret_cast<const float*>(grant.weights) + static_cast<int64_t>(head) * args.num_topk;
     }
     __syncwarp();
+    return __popc(mask);
+}
+
+// Sums what is listed into `out` (and its weights). Called by a whole warp.
+__device__ __forceinline__ void sum_listed(const CombineArgs& args, const PartialAddends& addends, int num_rows, uint8_t* out, float* out_weights) {
+    const int lane = threadIdx.x % 32;
     // Reads across NVLink take microseconds: those of the weights (lane = choice) are under way while the rows are summed.
-    const int num_rows = __popc(mask);
     float weights[kMaxNodeRanks];
 #pragma unroll
     for (int i = 0; i < kMaxNodeRanks; ++i) weights[i] = lane < args.num_topk && i < num_rows ? addends.weights[i][lane] : 0.0f;

@@ -20,7 +20,7 @@ struct Addends {
 // The number of rows is a template argument so that all reads of several vectors are in flight before the first addition.
 template <int kNumRows>
 __device__ __forceinline__ void sum_listed_rows(const uint8_t* const* list, int num_bytes, uint8_t* out) {
-    constexpr int kUnroll = kNumRows <= 1 ? 7 : kNumRows == 2 ? 6 : kNumRows == 3 ? 4 : kNumRows == 4 ? 3 : kNumRows <= 6 ? 2 : 1;
+    constexpr int kUnroll = kNumRows <= 1 ? 14 : kNumRows == 2 ? 7 : kNumRows == 3 ? 4 : kNumRows == 4 ? 3 : kNumRows <= 6 ? 2 : 1;
     const uint8_t* rows[kNumRows == 0 ? 1 : kNumRows];
 #pragma unroll
     for (int i = 0; i < kNumRows; ++i) rows[i] = list[i];

@@ -218,4 +218,10 @@ cudaError_t prepare_counts() {
     return cudaFuncGetAttributes(&attributes, exchange_counts_kernel);
 }
 
+#if DEEPEP_COUNT_PUTS
+__device__ PutCounts network::put_counts = {};
+
+cudaError_t read_put_counts(PutCounts& counts) { return cudaMemcpyFromSymbol(&counts, network::put_counts, sizeof(counts)); }
+#endif
+
 }  // namespace deepep::internode

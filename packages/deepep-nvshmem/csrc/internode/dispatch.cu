@@ -4,6 +4,7 @@
 // Send warps      pack rows into the send ring's slots and put the slots to the peers' receive rings (dispatch_send.cuh).
 // Deliver warps   bring rows (from the receive rings, or own ones) into shared-memory stages by bulk loads, and empty them by one bulk store per
 //                 destination rank; side data by ordinary stores (dispatch_rows.cuh). Without bulk copies the warp copies.
+// Credit warp     says to the senders which slots are free again.
 // Before: notify (or an earlier dispatch) has said how many rows each stream carries and where they go. No row lands in an output before its
 // owner's READY was seen; the kernel ends when this rank's rows are out of its rings and all rows for this rank have arrived.
 //
@@ -23,6 +24,8 @@ struct Shared {
     nvlink::Handshake handshake;
     uint32_t is_last;
     int block;
+    int num_chunks_left;
+    int num_deliverers_left;
 };
 
 // What a stage's row still needs when it is delivered.
@@ -30,7 +33,7 @@ struct StagedItem {
     int32_t forward_row;
     int32_t src_rank;
     int32_t part;
-    int32_t credited_slot;
+    int32_t credited;
     int32_t chunk;
 };
 
@@ -43,6 +46,8 @@ struct DynamicShared {
     StreamShape* received;
     int32_t* next_sent;
     int32_t* next_received;
+    int32_t* credits;
+    int32_t* returned;
 
     __device__ DynamicShared(const DispatchArgs& args, uint8_t* memory) {
         const int num_stages = args.num_deliver_warps * args.num_stages, num_nodes = args.domain.group.num_nodes();
@@ -53,6 +58,8 @@ struct DynamicShared {
         items = reinterpret_cast<StagedItem*>(received + num_nodes);
         next_sent = reinterpret_cast<int32_t*>(items + num_stages);
         next_received = next_sent + args.num_block_contexts;
+        credits = next_received + args.num_block_contexts;
+        returned = credits + args.num_block_contexts;
     }
 };
 
@@ -60,8 +67,9 @@ struct DynamicShared {
 // One warp's ring of stages. Lane 0 issues every bulk copy.
 class DeliverWarp {
 public:
-    __device__ DeliverWarp(const DispatchArgs& args, const WaitContext& context, const nvlink::Handshake& handshake, const DynamicShared& dynamic, RowQueue& queue, int warp)
-        : args_(args), context_(context), handshake_(handshake), queue_(queue), lane_(threadIdx.x % 32) {
+    __device__ DeliverWarp(const DispatchArgs& args, const WaitContext& context, const nvlink::Handshake& handshake, const DynamicShared& dynamic, const Delivery& delivery, RowQueue& queue,
+                           int warp)
+        : args_(args), context_(context), handshake_(handshake), delivery_(delivery), queue_(queue), lane_(threadIdx.x % 32) {
         stages_ = dynamic.stages + static_cast<int64_t>(warp) * args.num_stages * args.num_stage_bytes;
         barriers_ = dynamic.barriers + warp * args.num_stages;
         items_ = dynamic.items + warp * args.num_stages;
@@ -119,14 +127,17 @@ private:
             build_own_side(args_, item, side, message.num_scales > 0 && !args_.loads_scales);
             if (args_.stores_scales && !args_.loads_scales) ptx::fence_async_shared();  // these ordinary writes are read by a bulk store
         }
-        build_cached_heads(args_, item, side);
+        if (message.is_cached && !args_.loads_heads) build_cached_heads(args_, item, side);
         __syncwarp();
         if (lane_ == 0) {
+            constexpr int kHeadBytes = 4 * kMaxNodeRanks;
             const int num_bytes = args_.parts.num_bytes(item.part);
             const int num_side_bytes = is_own ? (args_.loads_scales ? message.num_scales * 4 : 0) : message.num_sent_side_bytes();
-            items_[load_stage_] = {item.forward_row, item.src_rank, item.part, item.credited_slot, item.chunk};
-            ptx::mbarrier_arrive_expect(barrier, num_bytes + num_side_bytes);
+            items_[load_stage_] = {item.forward_row, item.src_rank, item.part, item.credited, item.chunk};
+            ptx::mbarrier_arrive_expect(barrier, num_bytes + num_side_bytes + (args_.loads_heads ? kHeadBytes : 0));
             ptx::bulk_load(stage, item.row, num_bytes, barrier);
+            if (args_.loads_heads)
+                ptx::bulk_load(side + message.heads_offset(), args_.send_nvl_head + static_cast<int64_t>(item.forward_row) * kMaxNodeRanks, kHeadBytes, barrier);
             if (num_side_bytes > 0)
                 ptx::bulk_load(side, is_own ? reinterpret_cast<const uint8_t*>(args_.scales + static_cast<int64_t>(item.token) * args_.scales_stride_token) : item.side,
                                num_side_bytes, barrier);
@@ -159,7 +170,7 @@ private:
         }
         __syncwarp();
         if (item.part == 0) deliver_side(args_, handshake_, item.src_rank, item.forward_row, side, head, message.num_scales > 0 && !args_.stores_scales);
-        if (item.credited_slot >= 0 && lane_ == 0) return_credit(args_, context_, item.src_rank, item.credited_slot, item.chunk);
+        if (item.credited >= 0 && lane_ == 0) ask_for_credit(delivery_, item.credited, item.chunk);
         ptx::fence_async_shared();  // these ordinary reads come before the next bulk load into the stage
         __syncwarp();
         --num_in_flight_;
@@ -172,6 +183,7 @@ private:
     const DispatchArgs& args_;
     const WaitContext& context_;
     const nvlink::Handshake& handshake_;
+    const Delivery& delivery_;
     RowQueue& queue_;
     const int lane_;
     uint8_t* stages_;
@@ -186,7 +198,8 @@ private:
 #endif
 
 // The same without bulk copies: a warp per row, several 16-byte loads in flight, the side part in shared memory.
-__device__ void deliver_row_plain(const DispatchArgs& args, const WaitContext& context, const nvlink::Handshake& handshake, const Item& item, uint8_t* side) {
+__device__ void deliver_row_plain(const DispatchArgs& args, const WaitContext& context, const nvlink::Handshake& handshake, const Delivery& delivery, const Item& item,
+                                  uint8_t* side) {
     constexpr int kUnroll = 4;
     const DispatchMessage& message = args.message;
     const int lane = threadIdx.x % 32;
@@ -196,7 +209,7 @@ __device__ void deliver_row_plain(const DispatchArgs& args, const WaitContext& c
     else
         for (int byte = lane * 16; byte < message.num_sent_side_bytes(); byte += 32 * 16)
             *reinterpret_cast<int4*>(side + byte) = *reinterpret_cast<const int4*>(item.side + byte);
-    build_cached_heads(args, item, side);
+    if (message.is_cached) build_cached_heads(args, item, side);
     __syncwarp();
     const int32_t head = checked_head(args, context, handshake, side);
     const uint32_t mask = __ballot_sync(~0u, head >= 0);
@@ -217,17 +230,18 @@ __device__ void deliver_row_plain(const DispatchArgs& args, const WaitContext& c
     }
     deliver_side(args, handshake, item.src_rank, item.forward_row, side, head, has_scales);
     __syncwarp();  // all lanes have read the message and the side part
-    if (item.credited_slot >= 0 && lane == 0) return_credit(args, context, item.src_rank, item.credited_slot, item.chunk);
+    if (item.credited >= 0 && lane == 0) ask_for_credit(delivery, item.credited, item.chunk);
 }
 
-__device__ void deliver_rows_plain(const DispatchArgs& args, const WaitContext& context, const nvlink::Handshake& handshake, RowQueue& queue, uint8_t* side) {
+__device__ void deliver_rows_plain(const DispatchArgs& args, const WaitContext& context, const nvlink::Handshake& handshake, const Delivery& delivery, RowQueue& queue,
+                                   uint8_t* side) {
     uint64_t start_ns = 0;
     int num_idle = 0;
     if (handshake.is_failed) return;
     while (true) {
         Item item;
         if (queue.next(item)) {
-            deliver_row_plain(args, context, handshake, item, side);
+            deliver_row_plain(args, context, handshake, delivery, item, side);
             start_ns = 0;
             num_idle = 0;
         } else if (queue.is_over()) {
@@ -271,13 +285,22 @@ __global__ void __launch_bounds__(kMaxThreads, 1) dispatch_rows_kernel(const __g
     DeviceState* state = domain.local.state();
     const WaitContext context{domain.local.host, state, Op::kDispatch, group.rank, ptx::load_relaxed_gpu(&state->epochs[kOp]) + 1};
     const DynamicShared dynamic(args, memory);
-    if (threadIdx.x == 0) shared.block = static_cast<int>(ptx::add_relaxed_gpu(&domain.state->dispatch_blocks, 1));
+    if (threadIdx.x == 0) {
+        shared.block = static_cast<int>(ptx::add_relaxed_gpu(&domain.state->dispatch_blocks, 1));
+        shared.num_chunks_left = 0;
+        shared.num_deliverers_left = args.num_deliver_warps;
+    }
     describe_streams(args, context, dynamic.sent, dynamic.received);
     if (blockIdx.x == 0 && threadIdx.x == 0 && args.recv_gbl_rank_prefix[group.num_ranks - 1] > args.capacity)
         report_error(context, ErrorKind::kOverflow, Phase::kRows, group.rank, args.recv_gbl_rank_prefix[group.num_ranks - 1], args.capacity, 0);
     __syncthreads();
     const BlockContexts contexts{shared.block, static_cast<int>(gridDim.x), args.geometry.num_slots, group.node(), group.num_nodes()};
-    for (int i = threadIdx.x; i < contexts.count(); i += blockDim.x) dynamic.next_sent[i] = dynamic.next_received[i] = contexts.slot_of(i);
+    for (int i = threadIdx.x; i < contexts.count(); i += blockDim.x) {
+        const int slot = contexts.slot_of(i), num_chunks = dynamic.received[contexts.node_of(i)].num_chunks;
+        dynamic.next_sent[i] = dynamic.next_received[i] = slot;
+        dynamic.credits[i] = dynamic.returned[i] = 0;
+        if (slot < num_chunks) atomicAdd(&shared.num_chunks_left, (num_chunks - 1 - slot) / args.geometry.num_slots + 1);
+    }
     __syncthreads();
 
     const DispatchMessage& message = args.message;
@@ -289,22 +312,29 @@ __global__ void __launch_bounds__(kMaxThreads, 1) dispatch_rows_kernel(const __g
                                domain.local.arenas[domain.local.rank]};
     // The send warps come first: they have nothing to do before the handshake, whose words the first threads post.
     const int warp = threadIdx.x / 32, deliverer = warp - args.num_send_warps;
-    const bool delivers = deliverer >= 0;
-    RowQueue queue(args, context, contexts, dynamic.sent, dynamic.received, dynamic.next_received, deliverer);
+    const bool sends = deliverer < 0, delivers = !sends && deliverer < args.num_deliver_warps;
+    const Delivery delivery{dynamic.next_received, dynamic.credits, &shared.num_chunks_left, &shared.num_deliverers_left};
+    RowQueue queue(args, context, contexts, dynamic.sent, dynamic.received, delivery, deliverer);
     if (delivers) queue.begin();
 #if DEEPEP_HAS_BULK
-    DeliverWarp deliver_warp(args, context, shared.handshake, dynamic, queue, delivers ? deliverer : 0);
+    DeliverWarp deliver_warp(args, context, shared.handshake, dynamic, delivery, queue, delivers ? deliverer : 0);
     if (args.use_bulk && delivers) deliver_warp.start();
 #endif
     nvlink::exchange_grants(domain.local, context, shared.handshake, sizes, own);
-    if (!delivers) {
+    if (sends) {
         if (!shared.handshake.is_failed) SendWarp(args, context, contexts, dynamic.sent, dynamic.next_sent, warp).run();
+    } else if (!delivers) {
+        return_credits(args, context, contexts, delivery, dynamic.returned);
     } else if (!args.use_bulk) {
-        deliver_rows_plain(args, context, shared.handshake, queue, dynamic.stages + static_cast<int64_t>(deliverer) * args.num_stage_bytes);
+        deliver_rows_plain(args, context, shared.handshake, delivery, queue, dynamic.stages + static_cast<int64_t>(deliverer) * args.num_stage_bytes);
 #if DEEPEP_HAS_BULK
     } else {
         deliver_warp.run();
 #endif
+    }
+    if (delivers && threadIdx.x % 32 == 0) {
+        __threadfence_block();  // behind what the warp has asked for
+        atomicSub(&shared.num_deliverers_left, 1);
     }
     if (args.fill_unused) fill_unused_rows(args, dynamic.received);
     finish(args, context, shared);
@@ -313,7 +343,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) dispatch_rows_kernel(const __g
 }  // namespace
 
 cudaError_t launch_dispatch(const DispatchArgs& args, int num_sms, cudaStream_t stream) {
-    const int num_threads = (args.num_deliver_warps + args.num_send_warps) * 32;
+    const int num_threads = (args.num_deliver_warps + args.num_send_warps + kNumCreditWarps) * 32;
     dispatch_rows_kernel<<<num_sms, num_threads, args.num_dynamic_bytes, stream>>>(args);
     return cudaGetLastError();
 }

@@ -4,7 +4,8 @@
 // A deliver warp takes rows from two places: chunks that have arrived from other nodes, in the slots that it serves, and, while none is there,
 // this rank's own rows for its own node, which the GPU's deliver warps share out among themselves.
 //   FULL   {epoch, chunk + 1}  sender -> forwarder, behind the chunk's bytes. Acquired before the first load of the chunk.
-//   CREDIT {epoch, chunk + 1}  forwarder -> sender, after the last load of the chunk has landed.
+//   CREDIT {epoch, chunk + 1}  forwarder -> sender, after the last load of the chunk has landed. One warp of the block gives all credits back: its
+//                              fence waits for what the whole SM has under way, which would hold up a deliver warp.
 #include "deepep/ptx/bulk.cuh"
 #include "internode/dispatch_streams.cuh"
 #include "internode/network.cuh"
@@ -21,35 +22,40 @@ struct Item {
     int32_t forward_row;   // its row of send_nvl_head
     int32_t src_rank;
     int32_t part;
-    int32_t credited_slot;  // the chunk's last item: its slot, else -1
+    int32_t credited;      // the chunk's last item: its context, else -1
     int32_t chunk;
+};
+
+// What the deliver warps of a block share.
+struct Delivery {
+    int32_t* next_chunks;     // of each context: what is expected
+    int32_t* credits;         // of each context: chunk + 1 whose loads have landed
+    int32_t* num_chunks_left; // that no warp has opened
+    int32_t* num_warps_left;  // that may still ask for credits
 };
 
 class RowQueue {
 public:
     __device__ RowQueue(const DispatchArgs& args, const WaitContext& context, const BlockContexts& contexts, const StreamShape* sent, const StreamShape* received,
-                        int32_t* next_chunks, int warp)
-        : args_(args), context_(context), contexts_(contexts), sent_(sent), received_(received), next_chunks_(next_chunks), warp_(warp), lane_(threadIdx.x % 32) {}
+                        const Delivery& delivery, int warp)
+        : args_(args), context_(context), contexts_(contexts), sent_(sent), received_(received), delivery_(delivery), warp_(warp), lane_(threadIdx.x % 32) {}
 
-    // Finds out what there is, and claims the first own rows.
+    // Claims the first own rows, and looks for chunks.
     __device__ void begin() {
-        const int num_warps = args_.num_deliver_warps, count = contexts_.count();
-        num_mine_ = warp_ < count ? (count - 1 - warp_) / num_warps + 1 : 0;
-        int num_chunks = 0;
-        for (int i = lane_; i < num_mine_; i += 32) {
-            const int index = warp_ + i * num_warps, slot = contexts_.slot_of(index), in_stream = received_[contexts_.node_of(index)].num_chunks;
-            if (slot < in_stream) num_chunks += (in_stream - 1 - slot) / args_.geometry.num_slots + 1;
-        }
-        num_chunks_left_ = __reduce_add_sync(~0u, num_chunks);
         const int node = args_.domain.group.node();
         num_own_items_ = min_of(sent_[node].num_rows, received_[node].num_rows) * args_.parts.num_parts;
-        next_own_ = contexts_.block * num_warps + warp_;
+        next_own_ = contexts_.block * args_.num_deliver_warps + warp_;
+        ask_for_token();
         claim();
+        look();
     }
 
     // Uniform over the warp. False: nothing to take now.
     __device__ bool next(Item& item) {
-        if (rows_left_ == 0 && num_chunks_left_ > 0) open_chunk();
+        if (rows_left_ == 0) {
+            open_chunk();
+            look();
+        }
         if (rows_left_ > 0)
             take_forwarded(item);
         else if (next_own_ < num_own_items_)
@@ -58,48 +64,55 @@ public:
             return false;
         return true;
     }
-    __device__ bool is_over() const { return rows_left_ == 0 && num_chunks_left_ == 0 && next_own_ >= num_own_items_; }
-    __device__ bool has_ended_badly(uint64_t& start_ns) const { return is_hopeless(context_, Phase::kWindow, waiting_, start_ns); }
-
-private:
-    __device__ void open_chunk() {
-        waiting_ = {};
-        for (int base = 0; base < num_mine_; base += 32) {
-            const int index = warp_ + (base + lane_) * args_.num_deliver_warps;
-            int node = 0, slot = 0, chunk = 0;
-            bool is_ready = false;
-            const uint64_t* word = nullptr;
-            if (base + lane_ < num_mine_) {
-                node = contexts_.node_of(index);
-                slot = contexts_.slot_of(index);
-                chunk = next_chunks_[index];
-                if (chunk < received_[node].num_chunks) {
-                    word = args_.domain.window.full(args_.domain.network, NetworkWindow::kDispatchFull, node) + slot;
-                    const uint64_t expected = chunk_word(context_.epoch, chunk), seen = ptx::load_relaxed_sys(word);
-                    is_ready = seen == expected;
-                    if (!is_ready) waiting_ = {args_.domain.group.peer_of(node), seen, expected};
-                }
-            }
-            const uint32_t mask = __ballot_sync(~0u, is_ready);
-            if (mask == 0) continue;
-            const int source = __ffs(static_cast<int>(mask)) - 1;
-            if (lane_ == source) {
-                static_cast<void>(ptx::load_acquire_sys(word));
-                next_chunks_[index] = chunk + args_.geometry.num_slots;
-            }
-            begin_chunk(__shfl_sync(~0u, node, source), __shfl_sync(~0u, slot, source), __shfl_sync(~0u, chunk, source));
-            return;
-        }
+    __device__ bool is_over() const { return rows_left_ == 0 && num_chunks_left() == 0 && next_own_ >= num_own_items_; }
+    __device__ bool has_ended_badly(uint64_t& start_ns) const {
+        const Waiting waiting = looked_chunk_ < 0 ? Waiting{}
+                                                  : Waiting{args_.domain.group.peer_of(contexts_.node_of(looked_index_)), seen_, chunk_word(context_.epoch, looked_chunk_)};
+        return is_hopeless(context_, Phase::kWindow, waiting, start_ns);
     }
 
-    __device__ void begin_chunk(int node, int slot, int chunk) {
+private:
+    __device__ int num_chunks_left() const { return peek_as_warp(delivery_.num_chunks_left); }
+
+    // Asks for the words of up to 32 contexts; open_chunk() uses them one row later, so that their way from the L2 cache costs nothing.
+    __device__ void look() {
+        looked_chunk_ = -1;
+        if (num_chunks_left() == 0) return;
+        looked_index_ = look_from_ + lane_;
+        look_from_ = look_from_ + 32 < contexts_.count() ? look_from_ + 32 : 0;
+        if (looked_index_ >= contexts_.count()) return;
+        const int node = contexts_.node_of(looked_index_), chunk = peek(delivery_.next_chunks + looked_index_);
+        if (chunk >= received_[node].num_chunks) return;
+        looked_chunk_ = chunk;
+        seen_ = ptx::load_relaxed_sys(word_of(node, contexts_.slot_of(looked_index_)));
+    }
+    __device__ const uint64_t* word_of(int node, int slot) const {
+        return args_.domain.window.full(args_.domain.network, NetworkWindow::kDispatchFull, node) + slot;
+    }
+
+    __device__ void open_chunk() {
+        const bool is_ready = looked_chunk_ >= 0 && seen_ == chunk_word(context_.epoch, looked_chunk_);
+        const uint32_t mask = __ballot_sync(~0u, is_ready);
+        if (mask == 0) return;
+        const int source = choose_lane(mask, warp_);
+        bool is_mine = false;
+        // The next chunk of the context comes only after this one's credit, so it may be named at once.
+        if (lane_ == source && atomicCAS(delivery_.next_chunks + looked_index_, looked_chunk_, looked_chunk_ + args_.geometry.num_slots) == looked_chunk_) {
+            static_cast<void>(ptx::load_acquire_sys(word_of(contexts_.node_of(looked_index_), contexts_.slot_of(looked_index_))));
+            atomicSub(delivery_.num_chunks_left, 1);
+            is_mine = true;
+        }
+        if (__shfl_sync(~0u, is_mine, source)) begin_chunk(__shfl_sync(~0u, looked_index_, source), __shfl_sync(~0u, looked_chunk_, source));
+    }
+
+    __device__ void begin_chunk(int index, int chunk) {
         const Domain& domain = args_.domain;
+        const int node = contexts_.node_of(index), slot = contexts_.slot_of(index);
         const StreamShape& stream = received_[node];
         const int first = chunk * stream.num_chunk_rows;
         rows_left_ = static_cast<int>(min_of(stream.num_chunk_rows, stream.num_rows - first));
-        --num_chunks_left_;
         part_ = 0;
-        slot_ = slot;
+        index_ = index;
         chunk_ = chunk;
         src_rank_ = domain.group.peer_of(node);
         forward_row_ = stream.first_row + first;
@@ -113,7 +126,7 @@ private:
     __device__ void take_forwarded(Item& item) {
         const bool is_last_part = part_ + 1 == args_.parts.num_parts;
         item = {message_ + args_.parts.begin(part_), message_ + args_.message.side_offset(), 0, forward_row_, src_rank_, part_,
-                is_last_part && rows_left_ == 1 ? slot_ : -1, chunk_};
+                is_last_part && rows_left_ == 1 ? index_ : -1, chunk_};
         ++part_;
         if (!is_last_part) return;
         part_ = 0;
@@ -122,8 +135,12 @@ private:
         message_ += args_.geometry.num_message_bytes;
     }
 
-    // The first rows are dealt out, the others claimed. The claim is sent one row ahead of its use, so that its way to the L2 cache and back
-    // costs nothing.
+    // The first rows are dealt out, the others claimed. The claim is sent two rows ahead of its use and the token asked for one row ahead, so that their
+    // ways to the L2 cache and back cost nothing.
+    __device__ void ask_for_token() {
+        const int64_t row = args_.parts.num_parts == 1 ? next_own_ : next_own_ / args_.parts.num_parts;
+        if (next_own_ < num_own_items_) listed_ = args_.tokens_to_node[args_.domain.group.node() * args_.num_tokens + row];
+    }
     __device__ void claim() {
         if (lane_ == 0) claimed_ = ptx::add_relaxed_gpu(&args_.domain.state->own_rows, 1);
     }
@@ -131,13 +148,14 @@ private:
         const int node = args_.domain.group.node();
         const int64_t row = args_.parts.num_parts == 1 ? next_own_ : next_own_ / args_.parts.num_parts;
         const int part = static_cast<int>(next_own_ - row * args_.parts.num_parts);
-        const int64_t listed = args_.tokens_to_node[node * args_.num_tokens + row];
+        const int64_t listed = listed_;
         const bool is_known = listed >= 0 && listed < args_.num_tokens;
         const int64_t token = is_known ? listed : 0;
         if (!is_known && lane_ == 0) report_error(context_, ErrorKind::kLayoutMismatch, Phase::kRows, args_.domain.group.rank, static_cast<uint64_t>(listed), args_.num_tokens, 0);
         item = {args_.x + token * args_.parts.num_row_bytes + args_.parts.begin(part), nullptr, static_cast<int32_t>(token),
                 static_cast<int32_t>(received_[node].first_row + row), args_.domain.group.rank, part, -1, 0};
         next_own_ = static_cast<int64_t>(contexts_.num_blocks) * args_.num_deliver_warps + __shfl_sync(~0u, claimed_, 0);
+        ask_for_token();
         claim();
     }
 
@@ -146,19 +164,22 @@ private:
     const BlockContexts& contexts_;
     const StreamShape* sent_;
     const StreamShape* received_;
-    int32_t* next_chunks_;  // of this block's contexts: what is expected in each slot
+    const Delivery& delivery_;
     const int warp_;
     const int lane_;
-    int num_mine_ = 0;
-    int num_chunks_left_ = 0;
     int64_t num_own_items_ = 0;
     int64_t next_own_ = 0;
+    int32_t listed_ = -1;  // the token of next_own_
     uint32_t claimed_ = 0;
-    Waiting waiting_;
+    // what this lane has asked for last
+    int look_from_ = 0;
+    int looked_index_ = 0;
+    int looked_chunk_ = -1;  // -1: nothing
+    uint64_t seen_ = 0;
     // the chunk that is being taken
     int rows_left_ = 0;
     int part_ = 0;
-    int slot_ = 0;
+    int index_ = 0;  // its context
     int chunk_ = 0;
     int src_rank_ = 0;
     int forward_row_ = 0;
@@ -189,7 +210,7 @@ __device__ inline void build_own_side(const DispatchArgs& args, const Item& item
 // In a cached dispatch heads come from the handle.
 __device__ inline void build_cached_heads(const DispatchArgs& args, const Item& item, uint8_t* side) {
     const int lane = threadIdx.x % 32;
-    if (args.message.is_cached && lane < args.message.num_heads)
+    if (lane < args.message.num_heads)
         reinterpret_cast<int32_t*>(side + args.message.heads_offset())[lane] = args.send_nvl_head[static_cast<int64_t>(item.forward_row) * kMaxNodeRanks + lane];
 }
 
@@ -238,10 +259,37 @@ __device__ inline void deliver_side(const DispatchArgs& args, const nvlink::Hand
             lane < message.num_heads ? reinterpret_cast<const int32_t*>(side + message.heads_offset())[lane] : -1;
 }
 
-// By one thread, once the chunk's loads have landed and the warp knows.
-__device__ inline void return_credit(const DispatchArgs& args, const WaitContext& context, int src_rank, int slot, int chunk) {
-    ptx::fence_acq_rel_sys();  // the loads of the chunk stay before the word that lets the sender overwrite it
-    network::set_word(args.domain.window.credit(args.domain.network, args.domain.group.node()) + slot, chunk_word(context.epoch, chunk), src_rank);
+// By one thread, once the chunk's loads have landed and the warp knows: hands the credit to the warp that gives credits back.
+__device__ inline void ask_for_credit(const Delivery& delivery, int index, int32_t chunk) {
+    __threadfence_block();  // joins the loads to that warp's fence
+    poke(delivery.credits + index, chunk + 1);
+}
+
+// Gives credits back until the deliver warps have ended. `returned`: of each context, zero at the start.
+__device__ inline void return_credits(const DispatchArgs& args, const WaitContext& context, const BlockContexts& contexts, const Delivery& delivery, int32_t* returned) {
+    constexpr unsigned kIdleNs = 100;
+    const int lane = threadIdx.x % 32, count = contexts.count();
+    while (true) {
+        // Read first: what was asked for before the last warp ended is seen below.
+        const bool is_last_pass = peek_as_warp(delivery.num_warps_left) == 0;
+        __threadfence_block();
+        bool has_returned = false;
+        for (int base = 0; base < count; base += 32) {
+            const int index = base + lane;
+            const int32_t due = index < count ? peek(delivery.credits + index) : 0;
+            const bool is_due = index < count && due != returned[index];
+            if (!__any_sync(~0u, is_due)) continue;
+            has_returned = true;
+            ptx::fence_acq_rel_sys();  // the loads of the chunks stay before the words that let the senders overwrite them
+            if (is_due) {
+                returned[index] = due;
+                network::set_word(args.domain.window.credit(args.domain.network, args.domain.group.node()) + contexts.slot_of(index), chunk_word(context.epoch, due - 1),
+                                  args.domain.group.peer_of(contexts.node_of(index)));
+            }
+        }
+        if (is_last_pass) return;
+        if (!has_returned) __nanosleep(kIdleNs);
+    }
 }
 
 }  // namespace

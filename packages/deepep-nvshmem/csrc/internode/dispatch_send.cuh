@@ -2,7 +2,7 @@
 // Dispatch, sending: a warp packs the rows of a chunk into its slot of the send ring and puts the slot to the peer's receive ring.
 //
 //   CREDIT {epoch, chunk + 1}  forwarder -> sender: both slots of that chunk are free. Acquired before the first store of the next chunk.
-// A warp serves several slots and never waits for one of them while another can go on. It ends when all its chunks have been credited, so that
+// A warp takes whatever chunk of its block can go and never waits for one slot while another can go on. It ends when all chunks have been credited, so that
 // the next operation finds every slot free, and the network has read every slot.
 #include "internode/dispatch_streams.cuh"
 #include "internode/network.cuh"
@@ -16,41 +16,48 @@ public:
         : args_(args), context_(context), contexts_(contexts), streams_(streams), next_chunks_(next_chunks), warp_(warp), lane_(threadIdx.x % 32) {}
 
     __device__ void run() {
-        const int num_warps = args_.num_send_warps;
-        const int num_mine = warp_ < contexts_.count() ? (contexts_.count() - 1 - warp_) / num_warps + 1 : 0;
+        const int count = contexts_.count();
         int num_idle = 0;
         uint64_t start_ns = 0;
         while (true) {
             Waiting waiting;
             bool has_moved = false, is_over = true;
-            for (int base = 0; base < num_mine; base += 32) {
-                const int index = warp_ + (base + lane_) * num_warps;
-                int node = 0, slot = 0, chunk = -1;
-                if (base + lane_ < num_mine) {
+            for (int base = 0; base < count; base += 32) {
+                const int index = base + lane_;
+                int node = 0, slot = 0, chunk = kOver;
+                if (index < count) {
                     node = contexts_.node_of(index);
                     slot = contexts_.slot_of(index);
-                    chunk = next_chunks_[index];
+                    chunk = peek(next_chunks_ + index);
                 }
                 bool is_ready = chunk >= 0 && is_free(node, slot, chunk, waiting);
                 if (is_ready && chunk >= streams_[node].num_chunks) {
-                    next_chunks_[index] = -1;
+                    acquire_credit(node, slot, chunk);
+                    next_chunks_[index] = chunk = kOver;
                     is_ready = false;
-                    chunk = -1;
                 }
-                uint32_t mask = __ballot_sync(~0u, is_ready);
-                is_over = is_over && !__any_sync(~0u, chunk >= 0);
-                has_moved = has_moved || mask != 0;
-                for (; mask != 0; mask &= mask - 1) {
-                    const int source = __ffs(static_cast<int>(mask)) - 1;
-                    send_chunk(__shfl_sync(~0u, node, source), __shfl_sync(~0u, slot, source), __shfl_sync(~0u, chunk, source));
-                    if (lane_ == source) next_chunks_[index] = chunk + args_.geometry.num_slots;
+                is_over = is_over && !__any_sync(~0u, chunk != kOver);
+                const uint32_t mask = __ballot_sync(~0u, is_ready);
+                if (mask == 0) continue;
+                const int source = choose_lane(mask, warp_);
+                bool is_mine = false;
+                if (lane_ == source && atomicCAS(next_chunks_ + index, chunk, kTaken) == chunk) {
+                    acquire_credit(node, slot, chunk);
+                    is_mine = true;
                 }
+                has_moved = true;
+                if (!__shfl_sync(~0u, is_mine, source)) continue;
+                send_chunk(__shfl_sync(~0u, node, source), __shfl_sync(~0u, slot, source), __shfl_sync(~0u, chunk, source));
+                if (is_mine) atomicExch(next_chunks_ + index, chunk + args_.geometry.num_slots);
             }
             if (is_over) return;
             if (has_moved) {
                 num_idle = 0;
                 start_ns = 0;
-            } else if (++num_idle == kIdlePasses) {
+                continue;
+            }
+            __nanosleep(kIdleNs);
+            if (++num_idle == kIdlePasses) {
                 num_idle = 0;
                 if (is_hopeless(context_, Phase::kCredit, waiting, start_ns)) return;
             }
@@ -58,6 +65,8 @@ public:
     }
 
 private:
+    static constexpr unsigned kIdleNs = 100;  // between looks at words that many warps look at
+
     // Whether the chunk before this one in its slot has left both ends' slots (behind the last chunk: whether the slot is over).
     __device__ bool is_free(int node, int slot, int chunk, Waiting& waiting) const {
         const int before = chunk - args_.geometry.num_slots;
@@ -68,8 +77,12 @@ private:
             waiting = {args_.domain.group.peer_of(node), seen, expected};
             return false;
         }
-        static_cast<void>(ptx::load_acquire_sys(word));
         return true;
+    }
+    // What is_free() has seen, acquired: by the lane whose warp goes on.
+    __device__ void acquire_credit(int node, int slot, int chunk) const {
+        if (chunk >= args_.geometry.num_slots)
+            static_cast<void>(ptx::load_acquire_sys(args_.domain.window.credit(args_.domain.network, node) + slot));
     }
 
     __device__ void send_chunk(int node, int slot, int chunk) {
@@ -105,10 +118,18 @@ private:
         }
         uint8_t* side = to + message.side_offset();
         if (is_known) {
+            constexpr int kEarly = 2;
             const uint32_t* scales = args_.scales + token * args_.scales_stride_token;
-#pragma unroll 2
-            for (int col = lane_; col < message.num_scales; col += 32) reinterpret_cast<uint32_t*>(side)[col] = scales[col * args_.scales_stride_col];
+            uint32_t early[kEarly];
+#pragma unroll
+            for (int i = 0; i < kEarly; ++i)
+                if (lane_ + i * 32 < message.num_scales) early[i] = scales[(lane_ + i * 32) * args_.scales_stride_col];
             copy_row(to, args_.x + token * message.num_row_bytes, message.num_row_bytes);
+#pragma unroll
+            for (int i = 0; i < kEarly; ++i)
+                if (lane_ + i * 32 < message.num_scales) reinterpret_cast<uint32_t*>(side)[lane_ + i * 32] = early[i];
+            for (int col = lane_ + kEarly * 32; col < message.num_scales; col += 32)
+                reinterpret_cast<uint32_t*>(side)[col] = scales[col * args_.scales_stride_col];
         }
         if (message.is_cached) return;
         if (lane_ < message.num_topk) {
@@ -120,7 +141,7 @@ private:
     }
 
     __device__ void copy_row(uint8_t* to, const uint8_t* from, int64_t num_bytes) const {
-        constexpr int kUnroll = 8;
+        constexpr int kUnroll = 14;  // all of a row of 7168 bytes under way at once
         const int num_vectors = static_cast<int>(num_bytes / 16);
         const int4* source = reinterpret_cast<const int4*>(from);
         int4* target = reinterpret_cast<int4*>(to);

@@ -7,7 +7,7 @@
 namespace deepep::internode {
 
 void shape_dispatch(DispatchArgs& args, const Tuning& tuning, bool has_bulk) {
-    constexpr int kSharedBudget = 216 * 1024, kMaxPartBytes = 16384, kMaxSideBytes = 8192, kUsualDeliverWarps = 7, kUsualSendWarps = 12, kEnoughBytes = 160 * 1024;
+    constexpr int kSharedBudget = 216 * 1024, kMaxPartBytes = 16384, kMaxSideBytes = 8192, kUsualDeliverWarps = 4, kUsualSendWarps = 11, kEnoughBytes = 186 * 1024;
     const DispatchMessage& message = args.message;
     if (message.num_side_bytes() > kMaxSideBytes)
         throw ArgumentError("dispatch: a row's scales and top-k data have " + std::to_string(message.num_side_bytes()) + " bytes; at most " +
@@ -16,15 +16,16 @@ void shape_dispatch(DispatchArgs& args, const Tuning& tuning, bool has_bulk) {
     args.parts = RowParts::cut(message.num_row_bytes, args.use_bulk ? kMaxPartBytes : message.num_row_bytes);
     args.stores_scales = args.use_bulk && message.num_scales > 0 && message.num_scales % 4 == 0;
     args.loads_scales = args.stores_scales && args.scales_stride_col == 1 && args.scales_stride_token % 4 == 0 && reinterpret_cast<uintptr_t>(args.scales) % 16 == 0;
+    args.loads_heads = args.use_bulk && message.is_cached && reinterpret_cast<uintptr_t>(args.send_nvl_head) % 16 == 0;
     const int num_nodes = args.domain.group.num_nodes();
     args.num_block_contexts = (num_nodes - 1) * static_cast<int>(ceil_div(args.geometry.num_slots, tuning.num_sms));
-    // Streams (two of 16 bytes for each node) and the contexts' next chunks, of both directions.
-    const int num_table_bytes = num_nodes * 32 + args.num_block_contexts * 8;
+    // Streams (two of 16 bytes for each node); of the contexts the next chunk of both directions, and credits asked for and given back.
+    const int num_table_bytes = num_nodes * 32 + args.num_block_contexts * 16;
     constexpr int kItemBytes = 32;  // of a stage: its barrier and what it holds
     const int num_budget = kSharedBudget - num_table_bytes;
-    const int num_side_bytes = static_cast<int>(align_up(message.num_side_bytes(), 128));
-    args.num_send_warps = static_cast<int>(min_of(kMaxDispatchWarps - 1, tuning.num_send_warps > 0 ? tuning.num_send_warps : kUsualSendWarps));
-    const int64_t most_warps = min_of(kMaxDeliverWarps, kMaxDispatchWarps - args.num_send_warps);
+    const int num_side_bytes = static_cast<int>(align_up(message.num_shared_side_bytes(), 128));
+    args.num_send_warps = static_cast<int>(min_of(kMaxDispatchWarps - kNumCreditWarps - 1, tuning.num_send_warps > 0 ? tuning.num_send_warps : kUsualSendWarps));
+    const int64_t most_warps = min_of(kMaxDeliverWarps, kMaxDispatchWarps - kNumCreditWarps - args.num_send_warps);
     if (args.use_bulk) {
         args.num_stage_bytes = static_cast<int>(align_up(args.parts.num_part_bytes, 128)) + num_side_bytes;
         const int num_rows = num_budget / (args.num_stage_bytes + kItemBytes);

@@ -2,6 +2,7 @@
 // What both ends of dispatch's streams share: how many rows each stream carries, and which block serves which slots.
 #include "deepep/ptx/memory.cuh"
 #include "deepep/sync/wait.cuh"
+#include "internode/claims.cuh"
 #include "internode/kernels.hpp"
 
 namespace deepep::internode {
@@ -51,6 +52,11 @@ struct BlockContexts {
         return other >= num_nodes ? other - num_nodes : other;
     }
 };
+
+// What a context of this block carries next, in shared memory: a chunk's number, or one of these. Any warp of a role may take a chunk; the
+// chunks of one context are taken in order, because the table names one at a time.
+constexpr int32_t kTaken = -2;  // a warp is at work on it
+constexpr int32_t kOver = -1;
 
 // Passes in which nothing moved, before a warp looks at the clock.
 constexpr int kIdlePasses = 64;

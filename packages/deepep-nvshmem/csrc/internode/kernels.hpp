@@ -135,6 +135,7 @@ struct DispatchArgs {
     bool use_bulk;
     bool loads_scales;  // a row's scales can be loaded in bulk
     bool stores_scales;  // likewise stored
+    bool loads_heads;    // a cached dispatch's heads can be loaded in bulk
     int num_deliver_warps;
     int num_send_warps;
     int num_stages;       // of each deliver warp
@@ -173,7 +174,8 @@ struct CombineArgs {
 // Shape limits of dispatch, for the host's choice.
 constexpr int kMaxDeliverWarps = 12;
 constexpr int kMaxDeliverStages = 8;    // of each
-constexpr int kMaxDispatchWarps = 20;  // deliver and send warps together
+constexpr int kNumCreditWarps = 1;
+constexpr int kMaxDispatchWarps = 16;  // of all roles together
 constexpr int kMaxPlainSharedBytes = 92 * 1024;  // without bulk copies; every GPU from SM80 has as much
 
 // What the caller asks of a kernel's shape; 0 means: choose.
@@ -201,6 +203,16 @@ cudaError_t prepare_counts();
 cudaError_t prepare_plan();
 cudaError_t prepare_dispatch(bool has_bulk);
 cudaError_t prepare_combine(bool has_bulk);
+
+#if DEEPEP_COUNT_PUTS
+// What the kernels of this rank have handed to the network so far.
+struct PutCounts {
+    unsigned long long num_puts;   // each with a signal word
+    unsigned long long num_bytes;  // of the puts, without the words
+    unsigned long long num_words;  // set by themselves
+};
+cudaError_t read_put_counts(PutCounts& counts);  // of the current device; waits for nothing
+#endif
 
 // Some kernel of the image that holds NVSHMEM's device state.
 const void* kernel_on_network();

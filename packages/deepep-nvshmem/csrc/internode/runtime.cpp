@@ -250,7 +250,7 @@ std::optional<Counts> Runtime::wait_counts(uint32_t ticket, double timeout_s) co
     return counts;
 }
 
-bool Runtime::dispatch(DispatchArgs args, const int32_t* send_rdma_head, const Tuning& tuning, const AwaitedCounts& awaited, cudaStream_t stream) {
+bool Runtime::dispatch(DispatchArgs args, const int32_t* unlisted_rdma_head, const Tuning& tuning, const AwaitedCounts& awaited, cudaStream_t stream) {
     page_.require_open();
     DispatchMessage& message = args.message;
     require_rows("dispatch", message.num_row_bytes, args.num_tokens, message.num_topk);
@@ -278,11 +278,11 @@ bool Runtime::dispatch(DispatchArgs args, const int32_t* send_rdma_head, const T
     args.geometry = geometry_of("dispatch", message.num_bytes());
     shape_dispatch(args, tuning, has_bulk_);
     const DeviceGuard guard(config_.device);
-    if (message.is_cached) {
+    if (unlisted_rdma_head != nullptr) {
         PlanArgs plan{};
         plan.domain = domain_;
         plan.num_tokens = args.num_tokens;
-        plan.send_rdma_head = const_cast<int32_t*>(send_rdma_head);  // only read
+        plan.send_rdma_head = const_cast<int32_t*>(unlisted_rdma_head);  // only read
         plan.tokens_to_node = const_cast<int32_t*>(args.tokens_to_node);
         check_runtime(launch_plan(plan, stream), "launching plan");
     }

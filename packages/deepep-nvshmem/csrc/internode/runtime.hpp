@@ -71,9 +71,9 @@ public:
     void notify(NotifyArgs args, PlanArgs plan, cudaStream_t stream);
     void refuse(NotifyArgs args, cudaStream_t stream);
     std::optional<Counts> wait_counts(uint32_t ticket, double timeout_s) const;
-    // False: with awaited counts, when they did not come, something is wrong with them, or the rows do not fit. A cached dispatch comes with
-    // the send_rdma_head of its handle.
-    bool dispatch(DispatchArgs args, const int32_t* send_rdma_head, const Tuning& tuning, const AwaitedCounts& awaited, cudaStream_t stream);
+    // False: with awaited counts, when they did not come, something is wrong with them, or the rows do not fit. Where
+    // tokens_to_node is still to be made (a cached dispatch), `unlisted_rdma_head` is the handle's send_rdma_head; else null.
+    bool dispatch(DispatchArgs args, const int32_t* unlisted_rdma_head, const Tuning& tuning, const AwaitedCounts& awaited, cudaStream_t stream);
     void combine(CombineArgs args, int64_t num_row_bytes, const Tuning& tuning, cudaStream_t stream);
 
 private:

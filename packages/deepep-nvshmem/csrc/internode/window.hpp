@@ -10,7 +10,7 @@
 namespace deepep::internode {
 
 constexpr int kMaxNodeRanks = kMaxRanks;       // ranks of one node
-constexpr int kMaxSlots = 192;                 // slots of one ring; a multiple of the usual SM counts
+constexpr int kMaxSlots = 384;                 // slots of one ring; a multiple of the usual SM counts
 constexpr int kMaxChunkRows = 32;              // rows of one chunk: a lane for each
 constexpr int64_t kMaxTokens = 1 << 28;        // of one rank
 constexpr int64_t kMaxForwardRows = 1 << 29;   // that one rank forwards
@@ -53,6 +53,10 @@ struct DispatchMessage {
     DEEPEP_HOST_DEVICE int32_t token_offset() const { return heads_offset() + 4 * num_heads; }
     // Of the side part in shared memory, where heads are always kept.
     DEEPEP_HOST_DEVICE int32_t num_side_bytes() const { return static_cast<int32_t>(align_up(token_offset() + 4, 16)); }
+    // The same with room for a whole row of the handle's send_nvl_head.
+    DEEPEP_HOST_DEVICE int32_t num_shared_side_bytes() const {
+        return static_cast<int32_t>(max_of(num_side_bytes(), align_up(heads_offset() + 4 * kMaxNodeRanks, 16)));
+    }
     // Of the side part that travels.
     DEEPEP_HOST_DEVICE int32_t num_sent_side_bytes() const { return is_cached ? topk_idx_offset() : num_side_bytes(); }
     DEEPEP_HOST_DEVICE int64_t side_offset() const { return num_row_bytes; }

@@ -134,7 +134,7 @@ class Runtime:
         is_cached: bool,
         dst_rows: int,
         tokens_to_node: int,  # from notify; scratch for a cached dispatch
-        send_rdma_head: int,  # read by a cached dispatch
+        unlisted_rdma_head: int,  # send_rdma_head, where tokens_to_node is to be made from it; else 0
         rdma_channel_prefix: int,
         recv_rdma_rank_prefix: int,
         recv_gbl_rank_prefix: int,

@@ -34,11 +34,13 @@ from .arena import SymmetricArena
 from .backend import load_extension, load_internode_extension
 from .base import MAX_LOCAL_EXPERTS, KernelNormal, address_of, call_header, header_fields
 from .outputs import Outputs, least_rows, size_class
+from .push_limit import measure_push_limit_of_host
 
-DEFAULT_WINDOW_MB = 16
+DEFAULT_WINDOW_MB = 24
 _WIDTH = 8  # of send_nvl_head
 _ALIGNMENT, _LEAST_RING_BYTES = 128, 4096
 _RING = struct.Struct("<q")
+_TOKENS = "_deepep_tokens_to_node"  # of a handle's send_rdma_head: spares its cached dispatches a kernel
 _MORE_HEAP = "Raise DEEPEP_SYMMETRIC_HEAP_MB on every rank."
 
 
@@ -200,6 +202,7 @@ class NvshmemNormal(KernelNormal):
             send_nvl_head.resize_(counts.num_forward_rows, _WIDTH)
         assert outputs is not None and outputs.src_idx is not None
         outputs.cut(num_recv)
+        setattr(routing.send_rdma_head, _TOKENS, routing.tokens_to_node)
         handle = InternodeHandle(
             is_token_in_rank=layout.is_token_in_rank,
             rdma_channel_prefix_matrix=routing.rdma_channel_prefix,
@@ -258,6 +261,7 @@ class NvshmemNormal(KernelNormal):
         if outputs is None:
             raise BufferStateError(f"dispatch: {self._heap_is_full(num_recv)}")
         nothing = torch.empty(0, dtype=torch.int32, device=device)
+        tokens_to_node = getattr(handle.send_rdma_head, _TOKENS, None)
         routing = Routing(
             send_rdma_head=handle.send_rdma_head,
             rdma_channel_prefix=handle.rdma_channel_prefix_matrix,
@@ -267,9 +271,17 @@ class NvshmemNormal(KernelNormal):
             recv_gbl_channel_prefix=nothing,
             recv_gbl_rank_prefix=handle.recv_gbl_rank_prefix_sum,
             dst_rows=nothing,
-            tokens_to_node=self._tokens_to_node(handle.num_tokens),
+            tokens_to_node=self._room_for_tokens(handle.num_tokens) if tokens_to_node is None else tokens_to_node,
         )
-        self._launch(runtime, request, outputs, routing, handle.send_nvl_head, num_experts=self._facts.num_ranks)
+        self._launch(
+            runtime,
+            request,
+            outputs,
+            routing,
+            handle.send_nvl_head,
+            num_experts=self._facts.num_ranks,
+            makes_tokens=tokens_to_node is None,
+        )
         self._num_calls += 1
         outputs.cut(num_recv)
         return DispatchResult(
@@ -285,6 +297,7 @@ class NvshmemNormal(KernelNormal):
         send_nvl_head: torch.Tensor,
         *,
         num_experts: int,
+        makes_tokens: bool = False,
         ticket: int = 0,
     ) -> bool:
         """Launch the kernel; with a ticket, after the counts have come, and only if there is room for them."""
@@ -307,7 +320,7 @@ class NvshmemNormal(KernelNormal):
             is_cached=is_cached,
             dst_rows=routing.dst_rows.data_ptr(),
             tokens_to_node=routing.tokens_to_node.data_ptr(),
-            send_rdma_head=routing.send_rdma_head.data_ptr(),
+            unlisted_rdma_head=routing.send_rdma_head.data_ptr() if makes_tokens else 0,
             rdma_channel_prefix=routing.rdma_channel_prefix.data_ptr(),
             recv_rdma_rank_prefix=routing.recv_rdma_rank_prefix.data_ptr(),
             recv_gbl_rank_prefix=routing.recv_gbl_rank_prefix.data_ptr(),
@@ -330,8 +343,8 @@ class NvshmemNormal(KernelNormal):
             self._placement = {"recv_x": "in place"}
         return is_launched
 
-    def _tokens_to_node(self, num_tokens: int) -> torch.Tensor:
-        """Room for what a cached dispatch finds out again: a user may hand back nothing but clones of a handle's parts.
+    def _room_for_tokens(self, num_tokens: int) -> torch.Tensor:
+        """Room for what a cached dispatch has to find out again, because it was handed clones of a handle's parts.
 
         One dispatch after the other uses it, in the order of the communication stream.
         """
@@ -409,6 +422,11 @@ class NvshmemNormal(KernelNormal):
             raise BufferStateError(
                 f"combine: {self._heap_is_full(num_rows)} Rows made inside Buffer.symmetric_memory() need no copy."
             ) from error
+
+    def push_limit_gbps(self, num_sms: int) -> float | None:
+        return measure_push_limit_of_host(
+            load_extension(), self._facts, num_sms=num_sms, timeout_s=self._timeout_s, backend=self.name
+        )
 
     # --- memory -----------------------------------------------------------------------------------------------------
 

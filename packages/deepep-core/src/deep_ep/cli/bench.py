@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -17,7 +18,7 @@ from ..errors import DeepEPError
 from ..launch import RankFailure, launched_externally
 from . import ranks
 from .bench_data import Shape
-from .bench_job import BenchResult, BenchSettings, run_bench
+from .bench_job import BenchResult, BenchSettings, run_benches
 
 _DEFAULTS = {
     # mode, device: tokens, hidden, experts. On a GPU the shapes of DeepSeek-V3; on a CPU some that take seconds.
@@ -35,8 +36,11 @@ def bench(
         typer.Option("--ranks", min=0, help="Local processes; 0: one per GPU, or 4 without. torchrun brings its own."),
     ] = 0,
     tokens: Annotated[
-        int | None, typer.Option(min=1, help="Tokens per rank. [normal 4096, low-latency 128; less on CPU]")
-    ] = None,
+        str,
+        typer.Option(
+            help="Tokens per rank; several with commas: one record each. [normal 4096, low-latency 128; less on CPU]"
+        ),
+    ] = "",
     hidden: Annotated[int | None, typer.Option(min=16, help="Columns of a row. [7168; 1024 on CPU]")] = None,
     topk: Annotated[int, typer.Option(min=1, help="Experts of a token.")] = 8,
     experts: Annotated[
@@ -46,6 +50,10 @@ def bench(
         str | None, typer.Option(help="Of dispatched rows: bf16 or fp8. [fp8 on GPU, bf16 on CPU]")
     ] = None,
     routing: Annotated[str, typer.Option(help="uniform, or skewed: half of all rows go to rank 0.")] = "uniform",
+    num_groups: Annotated[int, typer.Option("--groups", min=1, help="Equal groups that the experts form.")] = 1,
+    num_topk_groups: Annotated[
+        int, typer.Option("--topk-groups", min=1, help="Best groups that a token's experts come from.")
+    ] = 1,
     num_sms: Annotated[
         str, typer.Option(help="SM counts to measure at, with commas: 8,16,24. Empty: the backend's choice.")
     ] = "",
@@ -56,8 +64,13 @@ def bench(
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda; auto wants one GPU per rank.")] = "auto",
     output: Annotated[
-        Path, typer.Option(help="Where the JSON record goes; the plot goes beside it with the suffix .png.")
+        Path,
+        typer.Option(
+            help="Where the JSON record goes, the plot beside it with the suffix .png. Several token counts: each has "
+            "its count appended to the name."
+        ),
     ] = Path("deepep-bench.json"),
+    no_rivals: Annotated[bool, typer.Option("--no-rivals", help="Leave out the two plain ways: much quicker.")] = False,
     no_plot: Annotated[bool, typer.Option("--no-plot", help="Draw no plot.")] = False,
     timeout: Annotated[float, typer.Option(min=1, help="Seconds after which a silent rank counts as failed.")] = 900.0,
 ) -> None:
@@ -68,43 +81,56 @@ def bench(
     and after. Exit code 1 if a check fails.
     """
     console = Console()
-    settings, chosen_device = bench_settings(
-        mode=mode,
-        num_ranks=num_ranks,
-        tokens=tokens,
-        hidden=hidden,
-        topk=topk,
-        experts=experts,
-        dtype=dtype,
-        routing=routing,
-        num_sms=sm_counts(num_sms),
-        iterations=iterations,
-        warmup=warmup,
-        backend=backend,
-        device=device,
-    )
-    if settings.num_sms and chosen_device == "cpu":
+    counts = token_counts(tokens)
+    each, chosen_device = [], "cpu"
+    for num_tokens in counts or (None,):
+        settings, chosen_device = bench_settings(
+            mode=mode,
+            num_ranks=num_ranks,
+            tokens=num_tokens,
+            hidden=hidden,
+            topk=topk,
+            experts=experts,
+            dtype=dtype,
+            routing=routing,
+            num_groups=num_groups,
+            num_topk_groups=num_topk_groups,
+            num_sms=sm_counts(num_sms),
+            iterations=iterations,
+            warmup=warmup,
+            backend=backend,
+            device=device,
+        )
+        each.append(replace(settings, has_rivals=not no_rivals))
+    if each[0].num_sms and chosen_device == "cpu":
         raise typer.BadParameter("there are no SMs on a CPU.", param_hint="--num-sms")
     try:
         outcome = ranks.run(
-            run_bench, settings, num_ranks=settings.shape.num_ranks, device=chosen_device, timeout_s=timeout
+            run_benches, each, num_ranks=each[0].shape.num_ranks, device=chosen_device, timeout_s=timeout
         )
     except (DeepEPError, RankFailure) as error:
         ranks.explain(console, error)
         raise typer.Exit(1) from None
-    result: BenchResult = outcome.result
+    results: list[BenchResult] = outcome.result
     if outcome.speaks:
-        from . import bench_report
+        for settings, result in zip(each, results, strict=True):
+            name = f"{output.stem}-{settings.shape.tokens}{output.suffix}" if len(counts) > 1 else output.name
+            _leave(console, settings, result, output.with_name(name), has_plot=not no_plot)
+    raise typer.Exit(1 if any(result.faults for result in results) else 0)
 
-        bench_report.show(console, settings, result)
-        written = [output]
-        output.parent.mkdir(parents=True, exist_ok=True)
-        output.write_text(bench_report.to_json(settings, result, command=f"deepep {shlex.join(sys.argv[1:])}"))
-        if not no_plot:
-            written.append(output.with_suffix(".png"))
-            bench_report.draw(settings, result, written[-1])
-        console.print(f"written  [bold]{'  '.join(map(str, written))}[/]", highlight=False)
-    raise typer.Exit(1 if result.faults else 0)
+
+def _leave(console: Console, settings: BenchSettings, result: BenchResult, output: Path, *, has_plot: bool) -> None:
+    """Table, record and plot."""
+    from . import bench_report
+
+    bench_report.show(console, settings, result)
+    written = [output]
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(bench_report.to_json(settings, result, command=f"deepep {shlex.join(sys.argv[1:])}"))
+    if has_plot:
+        written.append(output.with_suffix(".png"))
+        bench_report.draw(settings, result, written[-1])
+    console.print(f"written  [bold]{'  '.join(map(str, written))}[/]", highlight=False)
 
 
 def bench_settings(
@@ -117,6 +143,8 @@ def bench_settings(
     experts: int | None,
     dtype: str | None,
     routing: str = "uniform",
+    num_groups: int = 1,
+    num_topk_groups: int = 1,
     num_sms: tuple[int, ...],
     iterations: int,
     warmup: int,
@@ -144,6 +172,8 @@ def bench_settings(
         dtype=dtype or ("fp8" if chosen == "cuda" else "bf16"),  # type: ignore[arg-type]
         num_ranks=world,
         routing=routing,  # type: ignore[arg-type]
+        num_groups=num_groups,
+        num_topk_groups=num_topk_groups,
     )
     if shape.experts % world:
         raise typer.BadParameter(
@@ -155,6 +185,17 @@ def bench_settings(
         raise typer.BadParameter(
             f"rank 0 has {shape.experts // world} experts, too few for a token's {shape.topk}.", param_hint="--routing"
         )
+    if shape.experts % num_groups or num_topk_groups > num_groups:
+        raise typer.BadParameter(
+            f"{shape.experts} experts in {num_groups} groups, {num_topk_groups} of them chosen.", param_hint="--groups"
+        )
+    if shape.topk > shape.experts // num_groups * num_topk_groups:
+        raise typer.BadParameter(
+            f"{num_topk_groups} groups of {shape.experts // num_groups} experts are too few for a token's {topk}.",
+            param_hint="--topk-groups",
+        )
+    if shape.routing == "skewed" and num_groups > 1:
+        raise typer.BadParameter("a skewed routing knows no groups.", param_hint="--groups")
     if shape.dtype == "fp8" and shape.hidden % 128:
         raise typer.BadParameter(
             f"{shape.hidden} is not a multiple of 128, the block of an FP8 scale.", param_hint="--hidden"
@@ -170,6 +211,17 @@ def bench_settings(
         ),
         chosen,
     )
+
+
+def token_counts(text: str) -> tuple[int, ...]:
+    """``"1024,4096"`` as ``(1024, 4096)``."""
+    try:
+        counts = tuple(int(part) for part in text.split(",") if part.strip())
+    except ValueError:
+        counts = (0,)
+    if any(count <= 0 for count in counts) or len(set(counts)) < len(counts):
+        raise typer.BadParameter(f"'{text}' has to be different positive numbers with commas.", param_hint="--tokens")
+    return counts
 
 
 def sm_counts(text: str) -> tuple[int, ...]:

@@ -25,7 +25,8 @@ class Shape:
     """What is moved.
 
     ``tokens`` is per rank; ``dtype`` that of dispatched rows (combine moves bf16). ``routing``: ``skewed`` sends half
-    of all rows to rank 0.
+    of all rows to rank 0. Experts form ``num_groups`` equal groups; a token's experts come from the ``num_topk_groups``
+    whose two best experts together please it most, as DeepSeek-V3's gate chooses. 1 and 1: any experts.
     """
 
     mode: Literal["normal", "low_latency"]
@@ -36,6 +37,8 @@ class Shape:
     dtype: RowType
     num_ranks: int
     routing: Routing = "uniform"
+    num_groups: int = 1
+    num_topk_groups: int = 1
 
     @property
     def skewed_share(self) -> float:
@@ -65,6 +68,12 @@ def choices(shape: Shape, rank: int, seed: int) -> torch.Tensor:
     appeal = torch.rand(shape.tokens, shape.experts, generator=generator)
     is_skewed = torch.rand(shape.tokens, generator=generator) < shape.skewed_share
     appeal[:, shape.experts // shape.num_ranks :].masked_fill_(is_skewed[:, None], -1.0)
+    if shape.num_groups > 1:
+        groups = appeal.view(shape.tokens, shape.num_groups, -1)
+        score = groups.topk(min(2, groups.shape[-1]), dim=-1).values.sum(-1)
+        is_chosen = torch.zeros(score.shape, dtype=torch.bool)
+        is_chosen.scatter_(1, score.topk(shape.num_topk_groups, dim=-1).indices, True)
+        appeal = groups.masked_fill(~is_chosen[:, :, None], -1.0).view(appeal.shape)
     return appeal.topk(shape.topk, dim=-1).indices
 
 

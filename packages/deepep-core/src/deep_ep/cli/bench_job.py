@@ -22,7 +22,7 @@ from .. import registry
 from ..buffer import Buffer
 from ..channel import has_cuda_backend
 from ..launch import RankContext
-from . import bench_clock, bench_data, ranks
+from . import bench_clock, bench_data, bench_floor, ranks
 from .bench_data import InputSet, Shape
 from .bench_rivals import AllGatherReduceScatter, AllToAll
 
@@ -39,6 +39,7 @@ class BenchSettings:
         iterations: measured calls of each operation, after ``warmup`` calls.
         backend: a backend's name; ``None`` for the library's choice.
         ll_reduce: where low-latency combine sums.
+        has_rivals: measure the two plain ways to do the same work as well.
         progress: show a progress bar on rank 0's standard error.
     """
 
@@ -48,6 +49,7 @@ class BenchSettings:
     warmup: int = 5
     backend: str | None = None
     ll_reduce: str = "rank"
+    has_rivals: bool = True
     progress: bool = True
 
 
@@ -65,6 +67,9 @@ class Measurement:
         calls_per_graph: calls in each replayed CUDA graph; 0 if the host launched them one by one.
         wire_efficiency: physical bytes per second as a share of the best push limit measured in this run, at whichever
             SM count; ``None`` unless the backend can measure it.
+        two_hop_bytes: what two hops have to move out of the busiest rank, mean over input sets; ``None`` unless this is
+            normal mode with several nodes on one host.
+        two_hop_efficiency: the time that these bytes take at the push limit, as a share of the time measured.
         failure: why this contender could not run here; then there are no figures.
     """
 
@@ -78,6 +83,8 @@ class Measurement:
     logical_bytes: float = 0.0
     calls_per_graph: int = 0
     wire_efficiency: float | None = None
+    two_hop_bytes: float | None = None
+    two_hop_efficiency: float | None = None
     failure: str = ""
 
     @property
@@ -121,6 +128,18 @@ class Operation:
     fault: Callable[[InputSet, Any], str] | None = None
 
 
+def rated(m: Measurement, limit_gbps: float | None, two_hop_bytes: float | None) -> Measurement:
+    """The measurement beside what the links would allow."""
+    if limit_gbps is None or not m.seconds:
+        return replace(m, two_hop_bytes=two_hop_bytes)
+    return replace(
+        m,
+        wire_efficiency=m.physical_gbps / limit_gbps,
+        two_hop_bytes=two_hop_bytes,
+        two_hop_efficiency=None if two_hop_bytes is None else two_hop_bytes / (limit_gbps * 1e9) / m.seconds,
+    )
+
+
 def run_bench(context: RankContext, settings: BenchSettings) -> BenchResult:
     """Measure on this rank together with the others. Every rank returns the same result."""
     shape = settings.shape
@@ -140,6 +159,11 @@ def run_bench(context: RankContext, settings: BenchSettings) -> BenchResult:
     finally:
         session.buffer.destroy()
     return result
+
+
+def run_benches(context: RankContext, each: list[BenchSettings]) -> list[BenchResult]:
+    """One after the other."""
+    return [run_bench(context, settings) for settings in each]
 
 
 def build_buffer(context: RankContext, settings: BenchSettings) -> Buffer:
@@ -205,7 +229,7 @@ class Session:
         self.prepare()
         result.faults += self.faults("before")
         sm_counts: tuple[int | None, ...] = self.settings.num_sms or (None,)
-        ours, rivals = self._operations(), self._rival_operations()
+        ours, rivals = self._operations(), self._rival_operations() if self.settings.has_rivals else []
         with self.progress(len(ours) * len(sm_counts) + len(rivals)) as advance:
             for num_sms in sm_counts:
                 if num_sms is not None:
@@ -219,12 +243,14 @@ class Session:
             for operation in rivals:
                 advance(f"{operation.contender}: {operation.name}")
                 result.measurements.append(self.measure(operation, None))
-        if result.push_limit_gbps:
-            best = max(result.push_limit_gbps.values())
-            result.measurements = [
-                replace(m, wire_efficiency=m.physical_gbps / best) if m.contender == "deep_ep" else m
-                for m in result.measurements
-            ]
+        limit = max(result.push_limit_gbps.values(), default=None)
+        floors: dict[str, float] = {}
+        if self.shape.mode == "normal" and len(result.hosts) == 1 and result.ranks_per_node < result.num_ranks:
+            floors = bench_floor.two_hop_bytes(self.shape, result.ranks_per_node, len(self.sets))
+        result.measurements = [
+            rated(m, limit, floors.get(m.operation.partition(",")[0])) if m.contender == "deep_ep" else m
+            for m in result.measurements
+        ]
         result.faults += self.faults("after")
         result.faults += self._faults_in_graphs
 
@@ -498,7 +524,8 @@ class Session:
             wanted = bench_data.expected_low_latency_combine(shape, inputs, self.settings.ll_reduce)
         if not bench_data.same_bits(combined, wanted):
             wrong.append("combine differs from plain arithmetic")
-        wrong += self._rival_fault(inputs, wanted)
+        if self.settings.has_rivals:
+            wrong += self._rival_fault(inputs, wanted)
         return "; ".join(wrong)
 
     def _dispatch_fault(self, inputs: InputSet, output: tuple[Any, tuple[Any, ...]]) -> str:

@@ -39,7 +39,8 @@ def shape_line(settings: BenchSettings) -> str:
     shape = settings.shape
     return (
         f"{shape.tokens} tokens per rank, hidden {shape.hidden}, top-{shape.topk} of {shape.experts} experts, "
-        f"dispatch {shape.dtype}, combine bf16"
+        + (f"from {shape.num_topk_groups} of {shape.num_groups} groups, " if shape.num_groups > 1 else "")
+        + f"dispatch {shape.dtype}, combine bf16"
     )
 
 
@@ -57,7 +58,9 @@ def show(console: Console, settings: BenchSettings, result: BenchResult) -> None
             expand=False,
         )
     )
-    has_limit = any(m.wire_efficiency is not None for m in result.measurements)
+    # Between nodes the limit is not one copy for each rank, and what it is stands below the table.
+    has_floor = any(m.two_hop_efficiency is not None for m in result.measurements)
+    has_limit = not has_floor and any(m.wire_efficiency is not None for m in result.measurements)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("", min_width=20)
     table.add_column("median", justify="right", no_wrap=True)
@@ -111,11 +114,25 @@ def show(console: Console, settings: BenchSettings, result: BenchResult) -> None
             console.print(Text(f"{m.contender}, {m.operation}, could not run: {m.failure}", style="yellow"))
     for num_sms, limit in result.push_limit_gbps.items():
         console.print(f"push limit measured in this run at {num_sms} SMs: {limit:.0f} GB/s per rank", highlight=False)
+    for m in _ordered(result.measurements):
+        if m.two_hop_bytes is not None and m.two_hop_efficiency is not None:
+            console.print(floor_line(m), highlight=False)
     if result.faults:
         for fault in result.faults:
             console.print(Text(f"check failed {fault}", style="bold red"))
     else:
         console.print("[green]Checked against plain arithmetic before and after: equal bit for bit.[/]")
+
+
+def floor_line(m: Measurement) -> str:
+    """``dispatch, 24 SMs: 308 us; two-hop floor 245 us (86.4 MiB out of the busiest rank): 0.80``."""
+    assert m.two_hop_bytes is not None and m.two_hop_efficiency is not None
+    sms = f", {m.num_sms} SMs" if m.num_sms is not None else ""
+    floor = duration(m.seconds * m.two_hop_efficiency)
+    return (
+        f"{m.operation}{sms}: {duration(m.seconds)}; two-hop floor {floor} "
+        f"({bytes_text(m.two_hop_bytes)} out of the busiest rank): [bold]{m.two_hop_efficiency:.2f}[/]"
+    )
 
 
 def _ordered(measurements: list[Measurement]) -> list[Measurement]:
