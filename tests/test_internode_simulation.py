@@ -51,9 +51,9 @@ def test_one_row_between_two_ranks_takes_the_sum_of_its_steps() -> None:
     ("operation", "num_nodes", "ranks_per_node", "is_virtual", "num_sms", "recorded_us"),
     [
         ("dispatch", 2, 2, True, 24, 69.6),
-        ("combine", 2, 2, True, 24, 165.2),
+        ("combine", 2, 2, True, 24, 157.0),
         ("dispatch", 4, 1, True, 24, 93.1),
-        ("combine", 4, 1, True, 24, 282.9),
+        ("combine", 4, 1, True, 24, 298.0),
         ("dispatch", 2, 8, False, 12, 201.7),
         ("combine", 2, 8, False, 12, 427.6),
     ],
@@ -72,7 +72,8 @@ def test_recorded_cases_come_out_again(
 def test_records_of_one_node_come_out_within_15_percent() -> None:
     """Rows of 4096 tokens on links and SMs; the shorter records show the host's time, of which nothing is simulated."""
     cases = [m for m in records.load() if m.shape.num_tokens == 4096 and m.shape.hidden == 7168]
-    cases = [m for m in cases if m.record.startswith("2026-11-21") and m.shape.num_ranks == 4]
+    cases = [m for m in cases if m.record.startswith("2026-11-21")]
+    cases = [m for m in cases if m.shape.num_ranks == 4 and m.shape.num_nodes == 1]
     assert len(cases) >= 30
     for measured in cases:
         found = estimate(measured.operation, measured.shape, H200_VIRTUAL_NODES, num_sms=measured.num_sms)
@@ -80,6 +81,17 @@ def test_records_of_one_node_come_out_within_15_percent() -> None:
     for measured in [m for m in cases if m.operation == "dispatch" and m.num_sms in (4, 8, 24) and m.shape.is_fp8]:
         simulated = _run("dispatch", measured.shape, H200_VIRTUAL_NODES, num_sms=measured.num_sms)
         assert simulated.seconds == pytest.approx(measured.seconds, rel=0.15), measured
+
+
+def test_combine_of_virtual_nodes_comes_out_within_15_percent() -> None:
+    """Dispatch does not; docs/internode-model.md says by how much, and what is known of the reasons."""
+    cases = [m for m in records.load() if m.shape.num_tokens == 4096 and m.shape.num_nodes > 1]
+    cases = [m for m in cases if m.operation == "combine"]
+    assert {(m.shape.num_nodes, m.shape.num_groups) for m in cases} == {(2, 1), (2, 8), (4, 1), (4, 8)}
+    for measured in cases:
+        kernel = Kernel(num_sms=measured.num_sms)
+        found = simulate(Scenario(operation="combine", shape=measured.shape, machine=H200_VIRTUAL_NODES, kernel=kernel))
+        assert found.seconds == pytest.approx(measured.seconds, rel=0.15), measured
 
 
 def test_a_record_of_virtual_nodes_is_read_as_such() -> None:

@@ -35,7 +35,7 @@ class Kernel:
     send_warps: int = 11
     forward_warps: int | None = None
     source_warps: int | None = None
-    ring_bytes: int = 8 << 20
+    ring_bytes: int = 12 << 20
     chunk_bytes: int = CHUNK_BYTES
     stage_bytes: int = 43008
 

@@ -50,7 +50,11 @@ public:
                 if (__shfl_sync(~0u, is_mine, from) && !serve(first + from, Request::of(__shfl_sync(~0u, word, from)))) return;
             }
             const uint32_t waiting = __ballot_sync(~0u, unfinished >= 0);
-            if (waiting == 0) return;
+            if (waiting == 0) {
+                // Last requests permit the next operation's stores to the slots; they were only looked at.
+                ptx::fence_acq_rel_sys();
+                return;
+            }
             if (has_moved) {
                 idle_since_ns = 0;
                 poll = 0;

@@ -2,13 +2,13 @@
 //
 // The network is worse than any real one: it reads a put's bytes at any later time, delivers them in pieces, keeps no order between puts and
 // words, only a put's signal comes behind its bytes. Ranks go from one operation to the next without waiting for each other. Blocks of a rank
-// start in the order of their numbers, as many at once as happen to be resident.
+// start in the order of their numbers, as many at once as happen to be resident. Ranks and single warps may be slow.
 //
 //   scheduled_streams FIRST_SEED NUM_SCHEDULES [RULE]      RULE: number of a rule that is broken; prints what happened, as "name count" lines
 #include <cstdlib>
 
 #include "deepep/rdma/faults.hpp"
-#include "streams.hpp"
+#include "cases.hpp"
 
 namespace {
 
@@ -17,6 +17,7 @@ using deepep::rdma::Random;
 
 struct {
     uint64_t schedules, operations[2], few_slots, many_rows, reused, rows, empty;
+    uint64_t many_blocks, one_block, skewed, no_tokens, node_without_rows, blocks_without_rows;
 } tally;
 
 class Network final : public Port {
@@ -27,6 +28,7 @@ public:
         under_way_.push_back({to, from, num_bytes, is_signal_first_ ? nullptr : word, value});
     }
     void set_word(uint64_t* word, uint64_t value) override { under_way_.push_back({nullptr, nullptr, 0, word, value}); }
+    void publish(int32_t* shared, int32_t value) override { *shared = value; }
     bool is_idle() const { return under_way_.empty(); }
 
     bool step() {
@@ -61,17 +63,19 @@ private:
     std::vector<Move> under_way_;
 };
 
-// One rank's kernel: blocks that run, and how many have ended.
+// One rank's kernel: blocks that run, and how many have started.
 struct Kernel {
-    struct Block {
+    struct Running {
+        std::unique_ptr<Block> block;
         std::vector<std::unique_ptr<Warp>> warps;
+        std::vector<uint32_t> slowness;  // of each warp
         bool is_over() const {
             for (const auto& warp : warps)
                 if (!warp->is_over()) return false;
             return true;
         }
     };
-    std::vector<Block> running;
+    std::vector<Running> running;
     int num_started = 0;
 };
 
@@ -79,12 +83,14 @@ class Schedule {
 public:
     Schedule(uint64_t seed, Rule broken)
         : random_(seed), seed_(seed), broken_(broken), case_(random_, kNumOperations, kMaxRanksHere, kMaxTokensHere), network_(random_, broken) {
-        num_blocks_ = 1 + random_.below(4);
-        num_warps_ = 1 + random_.below(3);
+        num_blocks_ = 1 + random_.below(5);
+        shape_ = {static_cast<int>(1 + random_.below(3)), static_cast<int>(1 + random_.below(3)), static_cast<int>(1 + random_.below(3))};
+        const bool runs_one_block = random_.below(4) == 0;
         for (int rank = 0; rank < case_.num_ranks; ++rank) {
-            num_resident_.push_back(1 + random_.below(num_blocks_));
-            slowness_.push_back(random_.below(3) == 0 ? 1 + random_.below(30) : 0);
+            num_resident_.push_back(runs_one_block ? 1 : 1 + random_.below(num_blocks_));
+            slowness_.push_back(draw_slowness(3));
         }
+        tally.one_block += runs_one_block && num_blocks_ > 1;
         network_share_ = 1 + random_.below(15);
         current_.assign(case_.num_ranks, 0);
         kernels_.resize(case_.num_ranks);
@@ -93,7 +99,9 @@ public:
     void run() {
         for (int rank = 0; rank < case_.num_ranks; ++rank) start_blocks(rank);
         int num_idle = 0;
+        int64_t num_steps = 0;
         while (num_over_ < case_.num_ranks) {
+            CHECK(++num_steps < kMostSteps, "seed %llu: much moves and nothing ends (operation %u of rank 0)", static_cast<unsigned long long>(seed_), current_[0]);
             num_idle = one_step() ? 0 : num_idle + 1;
             // Nothing moves by itself: when nobody can do anything, nobody ever will.
             if (num_idle > kIdleSteps) {
@@ -103,32 +111,64 @@ public:
         }
         CHECK(network_.is_idle(), "seed %llu: all kernels have ended and something is under way", static_cast<unsigned long long>(seed_));
         ++tally.schedules;
-        for (const auto& operation : case_.operations) {
-            ++tally.operations[operation->is_combine];
-            tally.few_slots += operation->geometry.num_slots == 2 && operation->geometry.num_slot_rows == 1;
-            tally.many_rows += operation->geometry.num_slot_rows > 1;
-            uint64_t num_rows = 0;
-            bool has_reused = false;
-            for (const auto& source : operation->tokens)
-                for (const auto& list : source) {
-                    num_rows += list.size();
-                    has_reused = has_reused || Stream::of(operation->geometry, static_cast<int64_t>(list.size())).num_chunks() > operation->geometry.num_slots;
-                }
-            tally.rows += num_rows;
-            tally.empty += num_rows == 0;
-            tally.reused += has_reused;
-        }
+        for (const auto& operation : case_.operations) count(*operation);
     }
 
 private:
     static constexpr int kNumOperations = 5, kMaxRanksHere = 4, kMaxTokensHere = 24, kIdleSteps = 64;
+    static constexpr int64_t kMostSteps = 4'000'000;
+
+    uint32_t draw_slowness(uint32_t one_of) { return random_.below(one_of) == 0 ? 1 + random_.below(30) : 0; }
+
+    void count(const Operation& operation) const {
+        const ChunkGeometry& geometry = operation.geometry;
+        ++tally.operations[operation.is_combine];
+        tally.few_slots += geometry.num_slots == 2 && geometry.num_slot_rows == 1;
+        tally.many_rows += geometry.num_slot_rows > 1;
+        tally.many_blocks += num_blocks_ > geometry.num_slots;
+        uint64_t num_rows = 0, num_tokens = 0, most_tokens = 0;
+        bool has_reused = false, has_rank_without_tokens = false, has_block_without_rows = false;
+        for (int source = 0; source < case_.num_ranks; ++source) {
+            const auto& heads = operation.heads[source];
+            num_tokens += heads.size();
+            most_tokens = max_of(most_tokens, heads.size());
+            has_rank_without_tokens = has_rank_without_tokens || heads.empty();
+            for (const auto& list : operation.tokens[source]) {
+                num_rows += list.size();
+                has_reused = has_reused || Stream::of(geometry, static_cast<int64_t>(list.size())).num_chunks() > geometry.num_slots;
+            }
+            // A block of tokens that asks for nothing, between others of its slot.
+            const Stream stream = Stream::of(geometry, static_cast<int64_t>(heads.size()));
+            for (int64_t tokens = geometry.num_slots; tokens + geometry.num_slots < stream.num_chunks(); ++tokens)
+                has_block_without_rows = has_block_without_rows || !asks(operation, source, stream, tokens);
+        }
+        bool has_node_without_rows = false;
+        for (const auto& rows : operation.first_rows) has_node_without_rows = has_node_without_rows || (num_rows > 0 && rows.back() == 0);
+        tally.rows += num_rows;
+        tally.empty += num_rows == 0;
+        tally.reused += has_reused;
+        tally.skewed += num_tokens > 0 && most_tokens * 4 >= num_tokens * 3;
+        tally.no_tokens += num_tokens > 0 && has_rank_without_tokens;
+        tally.node_without_rows += has_node_without_rows;
+        tally.blocks_without_rows += operation.is_combine && has_block_without_rows;
+    }
+    bool asks(const Operation& operation, int source, const Stream& stream, int64_t tokens) const {
+        for (int64_t token = stream.first_row(tokens); token < stream.first_row(tokens) + stream.rows_of(tokens); ++token)
+            for (int node = 0; node < case_.num_ranks; ++node)
+                if (node != source && operation.heads[source][token][node] >= 0) return true;
+        return false;
+    }
 
     void start_blocks(int rank) {
         Kernel& kernel = kernels_[rank];
         Operation& operation = *case_.operations[current_[rank]];
         while (kernel.num_started < num_blocks_ && static_cast<int>(kernel.running.size()) < num_resident_[rank]) {
             const Place place{case_.window, case_.memories.data(), rank, case_.num_ranks, kernel.num_started, num_blocks_, broken_, &network_};
-            kernel.running.push_back({warps_of(place, operation, num_warps_)});
+            auto block = std::make_unique<Block>(place, operation, shape_);
+            auto warps = warps_of(*block);
+            std::vector<uint32_t> slowness;
+            for (size_t warp = 0; warp < warps.size(); ++warp) slowness.push_back(draw_slowness(6));
+            kernel.running.push_back({std::move(block), std::move(warps), std::move(slowness)});
             ++kernel.num_started;
         }
     }
@@ -160,21 +200,32 @@ private:
         if (random_.below(16) < network_share_) return network_.step();
         const int rank = static_cast<int>(random_.below(case_.num_ranks));
         if (current_[rank] == case_.operations.size()) return false;
-        if (slowness_[rank] > 0 && random_.below(slowness_[rank] + 1) != 0) return false;
+        if (is_late(slowness_[rank])) return false;
         Kernel& kernel = kernels_[rank];
-        Kernel::Block& block = kernel.running[random_.below(static_cast<uint32_t>(kernel.running.size()))];
-        const bool has_moved = block.warps[random_.below(static_cast<uint32_t>(block.warps.size()))]->step();
+        Kernel::Running& block = kernel.running[random_.below(static_cast<uint32_t>(kernel.running.size()))];
+        const uint32_t warp = random_.below(static_cast<uint32_t>(block.warps.size()));
+        if (is_late(block.slowness[warp])) return false;
+        const bool has_moved = step(*block.warps[warp]);
         return end_what_is_over(rank) || has_moved;
     }
+    bool is_late(uint32_t slowness) { return slowness > 0 && random_.below(slowness + 1) != 0; }
+    static bool step(Warp& warp) { return !warp.is_over() && warp.step(); }
+    // Whatever can move first, from any rank on.
     bool sweep() {
-        bool has_moved = network_.step();
-        for (int rank = 0; rank < case_.num_ranks; ++rank) {
+        if (network_.step()) return true;
+        const uint32_t first = random_.below(case_.num_ranks);
+        for (int other = 0; other < case_.num_ranks; ++other) {
+            const int rank = static_cast<int>(first + other) % case_.num_ranks;
             if (current_[rank] == case_.operations.size()) continue;
-            for (Kernel::Block& block : kernels_[rank].running)
-                for (const auto& warp : block.warps) has_moved = warp->step() || has_moved;
-            has_moved = end_what_is_over(rank) || has_moved;
+            for (Kernel::Running& block : kernels_[rank].running)
+                for (const auto& warp : block.warps)
+                    for (int i = 0; i < FencingWarp::kStepsOfPass; ++i)
+                        if (step(*warp)) {
+                            end_what_is_over(rank);
+                            return true;
+                        }
         }
-        return has_moved;
+        return false;
     }
 
     Random random_;
@@ -182,7 +233,8 @@ private:
     const Rule broken_;
     Case case_;
     Network network_;
-    int num_blocks_, num_warps_, num_over_ = 0;
+    int num_blocks_, num_over_ = 0;
+    Block::Shape shape_;
     uint32_t network_share_;
     std::vector<int> num_resident_;
     std::vector<uint32_t> slowness_, current_;
@@ -205,4 +257,10 @@ int main(int num_arguments, char** arguments) {
     print("slots used again", tally.reused);
     print("rows", tally.rows);
     print("without rows", tally.empty);
+    print("more blocks than slots", tally.many_blocks);
+    print("one block at a time", tally.one_block);
+    print("most tokens at one rank", tally.skewed);
+    print("a rank without tokens", tally.no_tokens);
+    print("a node without rows", tally.node_without_rows);
+    print("blocks of tokens without rows", tally.blocks_without_rows);
 }
