@@ -14,7 +14,11 @@ PAGE = (ROOT / "docs" / "nvshmem.md").read_text()
 INTERNODE = ROOT / "packages" / "deepep-nvshmem"
 CASES = [(4, 2), (4, 4), (16, 2), (64, 8), (512, 64), (24, 3)]  # ranks, nodes
 MIB = 1 << 20
-WINDOW = 16 * MIB
+_DEFAULT = re.search(
+    r"^DEFAULT_WINDOW_MB = (\d+)$", (INTERNODE / "src/deepep_nvshmem/internode.py").read_text(), re.MULTILINE
+)
+assert _DEFAULT is not None
+WINDOW = int(_DEFAULT[1]) * MIB
 PROGRAM = """
 #include <cstdio>
 #include <cstdlib>
@@ -60,6 +64,12 @@ def laid_out(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case[0]} ranks, {case[1]} nodes")
 def test_the_page_tells_what_is_reserved(laid_out: dict[tuple[int, int], int], case: tuple[int, int]) -> None:
     assert _documented(*case) == laid_out[case]
+
+
+def test_the_pages_name_the_default_window() -> None:
+    settings = (ROOT / "docs" / "configuration.md").read_text()
+    row = next(line for line in settings.splitlines() if line.startswith("| `DEEPEP_NVSHMEM_WINDOW_MB`"))
+    assert f"`DEEPEP_NVSHMEM_WINDOW_MB` ({WINDOW // MIB} MiB)" in PAGE and row.endswith(f"| {WINDOW // MIB} |")
 
 
 def test_the_examples_of_the_page_are_right(laid_out: dict[tuple[int, int], int]) -> None:
