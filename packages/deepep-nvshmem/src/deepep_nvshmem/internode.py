@@ -36,7 +36,8 @@ from .base import MAX_LOCAL_EXPERTS, KernelNormal, address_of, call_header, head
 from .outputs import Outputs, least_rows, size_class
 from .push_limit import measure_push_limit_of_host
 
-DEFAULT_WINDOW_MB = 24
+# All windows of a rank, where the number of nodes leaves each its share between the two limits.
+_ALL_WINDOWS_MB, _MOST_WINDOW_MB, _LEAST_WINDOW_MB = 192, 24, 6
 _WIDTH = 8  # of send_nvl_head
 _ALIGNMENT, _LEAST_RING_BYTES = 128, 4096
 _RING = struct.Struct("<q")
@@ -483,9 +484,14 @@ class NvshmemNormal(KernelNormal):
             self._found_tokens = None
 
 
+def default_window_mb(num_nodes: int) -> float:
+    """MiB of the window for each other node: 24, less beyond nine nodes, where more streams share the NIC."""
+    return max(_LEAST_WINDOW_MB, min(_MOST_WINDOW_MB, _ALL_WINDOWS_MB / max(num_nodes - 1, 1)))
+
+
 def _agreed_ring_bytes(facts: GroupFacts, options: BufferOptions) -> int:
     """Bytes of one ring: half a window, because a row has a place at its sender and one at its receiver."""
-    window_mb = options.nvshmem.window_mb or DEFAULT_WINDOW_MB
+    window_mb = options.nvshmem.window_mb or default_window_mb(facts.num_nodes)
     own = max(int(window_mb * (1 << 20)) // 2 // _ALIGNMENT * _ALIGNMENT, _LEAST_RING_BYTES)
     gathered = facts.channel.all_gather(_RING.pack(own), phase="construction", timeout_s=options.timeout_s)
     sizes = [_RING.unpack(record)[0] for record in gathered]

@@ -9,25 +9,22 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from deepep_nvshmem import internode
+
+ROOT = Path(__file__).resolve().parents[3]
 PAGE = (ROOT / "docs" / "nvshmem.md").read_text()
 INTERNODE = ROOT / "packages" / "deepep-nvshmem"
 CASES = [(4, 2), (4, 4), (16, 2), (64, 8), (512, 64), (24, 3)]  # ranks, nodes
 MIB = 1 << 20
-_DEFAULT = re.search(
-    r"^DEFAULT_WINDOW_MB = (\d+)$", (INTERNODE / "src/deepep_nvshmem/internode.py").read_text(), re.MULTILINE
-)
-assert _DEFAULT is not None
-WINDOW = int(_DEFAULT[1]) * MIB
 PROGRAM = """
 #include <cstdio>
 #include <cstdlib>
 #include "internode/window.hpp"
 int main(int count, char** given) {
     const int experts = std::atoi(given[1]);
-    const long long ring = std::atoll(given[2]);
-    for (int i = 3; i + 1 < count; i += 2) {
+    for (int i = 2; i + 2 < count; i += 3) {
         const int ranks = std::atoi(given[i]), nodes = std::atoi(given[i + 1]);
+        const long long ring = std::atoll(given[i + 2]);
         const auto window = deepep::internode::NetworkWindow::of(ranks, nodes, experts, ring);
         std::printf("%lld\\n", static_cast<long long>(window.num_bytes()));
     }
@@ -35,12 +32,20 @@ int main(int count, char** given) {
 """
 
 
+def _ring_bytes(num_nodes: int) -> int:
+    return int(internode.default_window_mb(num_nodes) * MIB) // 2 // 128 * 128
+
+
 def _documented(num_ranks: int, num_nodes: int) -> int:
     """Bytes in NVSHMEM's heap, by the page's own numbers."""
     words = re.search(r"`(\d+) D \+ (\d+) N`", PAGE)
     records = re.search(r"`4 N \((\d+) \+ 4 N \+ 4 D\)`", PAGE)
     assert "`(D - 1) W`" in PAGE and words and records
-    num_bytes = (num_nodes - 1) * WINDOW + int(words[1]) * num_nodes + -(-int(words[2]) * num_ranks // 128) * 128
+    num_bytes = (
+        (num_nodes - 1) * 2 * _ring_bytes(num_nodes)
+        + int(words[1]) * num_nodes
+        + -(-int(words[2]) * num_ranks // 128) * 128
+    )
     return num_bytes + 4 * num_ranks * (-(-(int(records[1]) + 4 * num_ranks + 4 * num_nodes) // 128) * 128)
 
 
@@ -56,7 +61,7 @@ def laid_out(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, int], 
     base = (INTERNODE / "src" / "deepep_nvshmem" / "base.py").read_text()
     experts = re.search(r"^MAX_LOCAL_EXPERTS = (\d+)$", base, re.MULTILINE)
     assert experts is not None
-    arguments = [experts[1], str(WINDOW // 2), *(str(number) for case in CASES for number in case)]
+    arguments = [experts[1], *(str(number) for case in CASES for number in (*case, _ring_bytes(case[1])))]
     done = subprocess.run([folder / "window", *arguments], check=True, capture_output=True, text=True)
     return dict(zip(CASES, map(int, done.stdout.split()), strict=True))
 
@@ -66,10 +71,17 @@ def test_the_page_tells_what_is_reserved(laid_out: dict[tuple[int, int], int], c
     assert _documented(*case) == laid_out[case]
 
 
+@pytest.mark.parametrize(("num_nodes", "window_mb"), [(2, 24), (9, 24), (17, 12), (33, 6), (64, 6)])
+def test_windows_shrink_beyond_nine_nodes(num_nodes: int, window_mb: int) -> None:
+    assert internode.default_window_mb(num_nodes) == window_mb
+
+
 def test_the_pages_name_the_default_window() -> None:
     settings = (ROOT / "docs" / "configuration.md").read_text()
     row = next(line for line in settings.splitlines() if line.startswith("| `DEEPEP_NVSHMEM_WINDOW_MB`"))
-    assert f"`DEEPEP_NVSHMEM_WINDOW_MB` ({WINDOW // MIB} MiB)" in PAGE and row.endswith(f"| {WINDOW // MIB} |")
+    most, least = internode.default_window_mb(2), internode.default_window_mb(1000)
+    assert f"`DEEPEP_NVSHMEM_WINDOW_MB` ({most} MiB; beyond nine nodes" in PAGE and f"at least {least} MiB" in PAGE
+    assert row.endswith(f"| {most}, less beyond nine nodes |")
 
 
 def test_the_examples_of_the_page_are_right(laid_out: dict[tuple[int, int], int]) -> None:
