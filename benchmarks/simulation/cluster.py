@@ -5,6 +5,7 @@ Symbols as in `deep_ep.internode_model`.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -123,7 +124,7 @@ class Gpu:
         return {name: busy / seconds / 1e6 for name, busy in shares.items()}
 
 
-class Cluster:
+class Cluster(ABC):
     """What dispatch and combine have in common: ranks, routing, the way between nodes, what came out."""
 
     def __init__(self, scenario: Scenario, routing: Any | None = None) -> None:
@@ -216,6 +217,6 @@ class Cluster:
             busy=busy,
         )
 
+    @abstractmethod
     def unfinished(self) -> str:
         """What still waits; empty if nothing does."""
-        raise NotImplementedError

@@ -238,6 +238,31 @@ def test_clones_of_a_handle_have_their_tokens_listed_again(part: NvshmemNormal, 
         assert launched["tokens_to_node"] not in (0, notify["tokens_to_node"], launched["unlisted_rdma_head"])
 
 
+@pytest.mark.parametrize("part_number", [1, 8], ids=["another part", "send_rdma_head"])
+def test_a_handle_that_was_written_to_has_its_tokens_listed_again(
+    part: NvshmemNormal, machine: Any, part_number: int
+) -> None:
+    """Callers keep one handle for a graph and copy later ones into it."""
+    handle = dispatch(part, machine).handle
+    assert handle is not None
+    written = handle[part_number]
+    assert written is not None
+    written.copy_(written.clone())
+    machine.calls.clear()
+    dispatch(part, machine, layout=None, topk_idx=None, topk_weights=None, handle=handle)
+    (launched,) = machine.of("dispatch")
+    assert handle[8] is not None and launched["unlisted_rdma_head"] == handle[8].data_ptr()
+
+
+def test_handles_of_inference_mode_have_their_tokens_listed_again(part: NvshmemNormal, machine: Any) -> None:
+    with torch.inference_mode():
+        handle = dispatch(part, machine).handle
+        machine.calls.clear()
+        dispatch(part, machine, layout=None, topk_idx=None, topk_weights=None, handle=handle)
+    (launched,) = machine.of("dispatch")
+    assert launched["unlisted_rdma_head"] != 0
+
+
 # --- memory that is too small ---------------------------------------------------------------------------------------
 
 

@@ -41,7 +41,7 @@ _ALL_WINDOWS_MB, _MOST_WINDOW_MB, _LEAST_WINDOW_MB = 192, 24, 6
 _WIDTH = 8  # of send_nvl_head
 _ALIGNMENT, _LEAST_RING_BYTES = 128, 4096
 _RING = struct.Struct("<q")
-_TOKENS = "_deepep_tokens_to_node"  # of a handle's send_rdma_head: spares its cached dispatches a kernel
+_TOKENS = "_deepep_tokens_to_node"
 _MORE_HEAP = "Raise DEEPEP_SYMMETRIC_HEAP_MB on every rank."
 
 
@@ -203,7 +203,7 @@ class NvshmemNormal(KernelNormal):
             send_nvl_head.resize_(counts.num_forward_rows, _WIDTH)
         assert outputs is not None and outputs.src_idx is not None
         outputs.cut(num_recv)
-        setattr(routing.send_rdma_head, _TOKENS, routing.tokens_to_node)
+        _keep_tokens(routing)
         handle = InternodeHandle(
             is_token_in_rank=layout.is_token_in_rank,
             rdma_channel_prefix_matrix=routing.rdma_channel_prefix,
@@ -262,7 +262,7 @@ class NvshmemNormal(KernelNormal):
         if outputs is None:
             raise BufferStateError(f"dispatch: {self._heap_is_full(num_recv)}")
         nothing = torch.empty(0, dtype=torch.int32, device=device)
-        tokens_to_node = getattr(handle.send_rdma_head, _TOKENS, None)
+        tokens_to_node = _kept_tokens(handle.send_rdma_head)
         routing = Routing(
             send_rdma_head=handle.send_rdma_head,
             rdma_channel_prefix=handle.rdma_channel_prefix_matrix,
@@ -482,6 +482,22 @@ class NvshmemNormal(KernelNormal):
         if is_first:
             self._network.close()
             self._found_tokens = None
+
+
+def _keep_tokens(routing: Routing) -> None:
+    """Let the handle's send_rdma_head bring its tokens_to_node along, which spares its cached dispatches a kernel.
+
+    The version says whether somebody has written to the handle since, as with a later handle copied into this one.
+    Tensors of inference mode have none.
+    """
+    head = routing.send_rdma_head
+    if not head.is_inference():
+        setattr(head, _TOKENS, (routing.tokens_to_node, head._version))
+
+
+def _kept_tokens(send_rdma_head: torch.Tensor) -> torch.Tensor | None:
+    tokens, version = getattr(send_rdma_head, _TOKENS, (None, 0))
+    return tokens if tokens is not None and version == send_rdma_head._version else None
 
 
 def default_window_mb(num_nodes: int) -> float:
