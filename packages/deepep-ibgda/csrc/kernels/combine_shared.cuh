@@ -1,6 +1,6 @@
 #pragma once
 // What the two halves of combine share within a block.
-#include "operation.cuh"
+#include "control.cuh"
 #include "row_formats.cuh"
 #include "trace.cuh"
 

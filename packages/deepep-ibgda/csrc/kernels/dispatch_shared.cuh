@@ -1,6 +1,6 @@
 #pragma once
 // What the two halves of dispatch share within a block.
-#include "operation.cuh"
+#include "control.cuh"
 #include "trace.cuh"
 
 namespace deepep::ibgda {

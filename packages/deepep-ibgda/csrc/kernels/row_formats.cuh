@@ -3,7 +3,7 @@
 #include <cuda_bf16.h>
 
 #include "deepep/codec/logfmt.hpp"
-#include "operation.cuh"
+#include "waits.cuh"
 
 namespace deepep::ibgda {
 
