@@ -95,22 +95,22 @@ __global__ void __launch_bounds__(kNumCombineWarps * 32, 1) forward_and_sum_kern
     finish(args, context, shared);
 }
 
-void shape_combine(CombineArgs& args, const Tuning& tuning, bool) {
+void shape_combine(CombineArgs& args, int num_sms, int num_warps) {
     const int num_nodes = args.domain.group.num_nodes();
     if (num_nodes < 2 || num_nodes > kMaxCombineNodes)
         throw ArgumentError("combine: the group has " + std::to_string(num_nodes) + " nodes; accepted are 2 to " + std::to_string(kMaxCombineNodes) + ".");
-    // Where a node has one rank, nothing is pulled and the forward warps' puts decide.
     constexpr int kNumSummingWarps = kNumCombineWarps - kNumRequestWarps;
+    // Where a node has one rank, nothing is pulled and the forward warps' puts decide.
     const int usual = args.domain.group.ranks_per_node == 1 ? 14 : 10;
-    args.num_forward_warps = tuning.num_warps > 0 ? tuning.num_warps : usual;
+    args.num_forward_warps = num_warps > 0 ? num_warps : usual;
     if (args.num_forward_warps >= kNumSummingWarps)
-        throw ArgumentError("combine: num_warps is " + std::to_string(tuning.num_warps) + "; accepted are 1 to " + std::to_string(kNumSummingWarps - 1) +
+        throw ArgumentError("combine: num_warps is " + std::to_string(num_warps) + "; accepted are 1 to " + std::to_string(kNumSummingWarps - 1) +
                             " forward warps.");
     args.num_source_warps = kNumSummingWarps - args.num_forward_warps;
-    args.num_block_contexts = static_cast<int>(ceil_div(args.geometry.num_slots, max_of(1, tuning.num_sms))) * (num_nodes - 1);
+    args.num_block_contexts = static_cast<int>(ceil_div(args.geometry.num_slots, max_of(1, num_sms))) * (num_nodes - 1);
     args.num_dynamic_bytes = args.num_source_warps * static_cast<int>(sizeof(SourceScratch)) + args.num_block_contexts * kContextBytes;
     if (args.num_dynamic_bytes > kMaxPlainSharedBytes)
-        throw ArgumentError("combine: " + std::to_string(num_nodes) + " nodes on " + std::to_string(tuning.num_sms) + " SMs need " +
+        throw ArgumentError("combine: " + std::to_string(num_nodes) + " nodes on " + std::to_string(num_sms) + " SMs need " +
                             std::to_string(args.num_dynamic_bytes) + " bytes of shared memory; there are " + std::to_string(kMaxPlainSharedBytes) + ". Use more SMs.");
 }
 
@@ -119,7 +119,7 @@ cudaError_t launch_combine(const CombineArgs& args, int num_sms, cudaStream_t st
     return cudaGetLastError();
 }
 
-cudaError_t prepare_combine(bool) {
+cudaError_t prepare_combine() {
     cudaFuncAttributes attributes;
     const cudaError_t status = cudaFuncGetAttributes(&attributes, forward_and_sum_kernel);
     if (status != cudaSuccess) return status;

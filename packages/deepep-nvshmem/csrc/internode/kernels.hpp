@@ -195,14 +195,14 @@ cudaError_t launch_combine(const CombineArgs& args, int num_sms, cudaStream_t st
 
 // Fill the fields under "how" (but message and geometry) from the others; ArgumentError for what cannot be.
 void shape_dispatch(DispatchArgs& args, const Tuning& tuning, bool has_bulk);
-void shape_combine(CombineArgs& args, const Tuning& tuning, bool has_bulk);
+void shape_combine(CombineArgs& args, int num_sms, int num_warps);
 
 // Load the kernels of each file on the current device (lazy loading may not meet a spinning kernel) and raise their shared-memory limits.
 cudaError_t prepare_layout();
 cudaError_t prepare_counts();
 cudaError_t prepare_plan();
 cudaError_t prepare_dispatch(bool has_bulk);
-cudaError_t prepare_combine(bool has_bulk);
+cudaError_t prepare_combine();
 
 #if DEEPEP_COUNT_PUTS
 // What the kernels of this rank have handed to the network so far.

@@ -90,7 +90,7 @@ Runtime::Runtime(const RuntimeConfig& config) : config_(config) {
     check_runtime(prepare_counts(), "loading the counts kernel");
     check_runtime(prepare_plan(), "loading the plan kernel");
     check_runtime(prepare_dispatch(has_bulk_), "loading the dispatch kernel");
-    check_runtime(prepare_combine(has_bulk_), "loading the combine kernel");
+    check_runtime(prepare_combine(), "loading the combine kernel");
     // Again, because NVSHMEM's memory may have grown since.
     const int status = attach_network(config.device);
     if (status != 0) throw NativeError("NVSHMEM did not accept the kernels of this extension (nvshmemx_cumodule_init answered " + text(status) + ").");
@@ -292,10 +292,10 @@ bool Runtime::dispatch(DispatchArgs args, const int32_t* unlisted_rdma_head, con
     return true;
 }
 
-void Runtime::combine(CombineArgs args, int64_t num_row_bytes, const Tuning& tuning, cudaStream_t stream) {
+void Runtime::combine(CombineArgs args, int64_t num_row_bytes, int num_sms, int num_warps, cudaStream_t stream) {
     page_.require_open();
     require_rows("combine", num_row_bytes, args.num_tokens, args.num_topk);
-    require_sms("combine", tuning.num_sms);
+    require_sms("combine", num_sms);
     require(args.num_recv_tokens >= 0 && args.num_recv_tokens <= std::numeric_limits<int32_t>::max(),
             "combine: num_recv_tokens is " + text(args.num_recv_tokens) + ".");
     require(args.num_forward_rows >= 0 && args.num_forward_rows <= kMaxForwardRows, "combine: num_forward_rows is " + text(args.num_forward_rows) + ".");
@@ -310,9 +310,9 @@ void Runtime::combine(CombineArgs args, int64_t num_row_bytes, const Tuning& tun
     args.domain = domain_;
     args.message = {num_row_bytes, args.num_topk};
     args.geometry = geometry_of("combine", args.message.num_bytes());
-    shape_combine(args, tuning, has_bulk_);
+    shape_combine(args, num_sms, num_warps);
     const DeviceGuard guard(config_.device);
-    check_runtime(launch_combine(args, tuning.num_sms, stream), "launching combine");
+    check_runtime(launch_combine(args, num_sms, stream), "launching combine");
 }
 
 }  // namespace deepep::internode

@@ -180,7 +180,5 @@ class Runtime:
         out_topk_weights: int,
         num_sms: int,
         stream: int,
-        use_bulk: bool = True,
         num_warps: int = 0,
-        num_stages: int = 0,
     ) -> None: ...
