@@ -12,8 +12,10 @@ published and measured figures and says what it leaves out.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from types import MappingProxyType
 from typing import Literal
 
 from .errors import ArgumentError
@@ -361,14 +363,15 @@ def enough_ring(operation: Operation, shape: Shape, machine: Machine, *, num_sms
     return Ring.of(num_slots * slot_rows * message, message)
 
 
-def default_config(operation: Operation, num_ranks: int) -> dict[str, int]:
+@lru_cache(maxsize=64)  # clients ask before every call
+def default_config(operation: Operation, num_ranks: int) -> Mapping[str, int]:
     """`Config` fields for ranks across nodes of up to 8, for the shape of DeepSeek-V3 on `H200_400G`.
 
     Empty for up to 8 ranks, which are one node. Chunk sizes are those of a ring: rows that travel together, and rows of
     a whole ring over V1's channels, two SMs each, so that `Config.get_rdma_buffer_size_hint` asks for all rings.
     """
     if num_ranks <= 8:
-        return {}
+        return MappingProxyType({})
     ranks_per_node = max(p for p in range(1, 9) if num_ranks % p == 0)
     shape = Shape(
         num_nodes=num_ranks // ranks_per_node,
@@ -377,8 +380,10 @@ def default_config(operation: Operation, num_ranks: int) -> dict[str, int]:
     )
     num_sms = max(_LEAST_SMS, enough_sms(operation, shape, H200_400G))
     ring = enough_ring(operation, shape, H200_400G, num_sms=num_sms)
-    return {
-        "num_sms": num_sms,
-        "num_max_rdma_chunked_send_tokens": ring.slot_rows,
-        "num_max_rdma_chunked_recv_tokens": -(-ring.num_slots * ring.slot_rows // (num_sms // 2)),
-    }
+    return MappingProxyType(
+        {
+            "num_sms": num_sms,
+            "num_max_rdma_chunked_send_tokens": ring.slot_rows,
+            "num_max_rdma_chunked_recv_tokens": -(-ring.num_slots * ring.slot_rows // (num_sms // 2)),
+        }
+    )
