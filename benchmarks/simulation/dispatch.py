@@ -11,7 +11,7 @@ import numpy as np
 from .cluster import Cluster, Scenario
 from .engine import Warps
 
-_PUSH_ROWS = 4  # own-node rows that one warp is simulated to move at a time
+PUSH_ROWS = 4  # own-node rows that one warp is simulated to move at a time
 
 
 class Dispatch(Cluster):
@@ -32,7 +32,7 @@ class Dispatch(Cluster):
         self.num_outstanding = [0] * len(self.gpus)  # per source: chunks whose credit has not come, pushes not landed
         for rank in range(len(self.gpus)):
             own = self.node_of(rank)
-            self.pushes.append(_cut(self.routing[rank, :, own], _PUSH_ROWS))
+            self.pushes.append(_cut(self.routing[rank, :, own], PUSH_ROWS))
             self.num_outstanding[rank] += len(self.pushes[rank])
             for node in self.other_nodes(rank):
                 in_local = self.routing[rank, :, node]
