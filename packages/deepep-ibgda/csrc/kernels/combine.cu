@@ -76,7 +76,7 @@ CombinePlan plan_of(const CombineArgs& args, int num_blocks) {
     plan.num_chunk_parts = static_cast<int>(ceil_div(plan.num_parts, 1 << plan.chunk_shift));
     // A share's rows are num_blocks items apart: by itself that leads from source to source, unless the number of sources divides it.
     const int distance = num_blocks >> plan.chunk_shift, num_sources = static_cast<int>(max_of(plan.num_sources, 1));
-    plan.turn_shift = distance % num_sources == 0 ? log2_ceil(distance / num_sources + 1) - 1 : 30;
+    plan.turn_shift = distance > 0 && distance % num_sources == 0 ? log2_ceil(distance / num_sources + 1) - 1 : 30;
     plan.num_share_weights = static_cast<int>(ceil_div(static_cast<int64_t>(args.num_tokens) * args.num_topk, num_blocks));
     return plan;
 }

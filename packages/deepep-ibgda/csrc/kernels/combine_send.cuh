@@ -134,13 +134,15 @@ private:
         if (!is_known || is_left_out) choices_.row = -1;
         const bool has_row = choices_.row >= 0;
         const unsigned all = __ballot_sync(kAllLanes, has_row);
+        // The lanes of this lane's row.
+        const int width = 1 << args_.plan.choice_shift, first = lane_ & -width;
+        mine_ = all & (kAllLanes >> (32 - width) << first);
         if constexpr (kAtSource) {
-            // Choices of one expert share a row.
-            raw_ = all & __ballot_sync(kAllLanes, __ffs(static_cast<int>(__match_any_sync(kAllLanes, choices_.row))) - 1 == lane_);
+            // Choices of one expert share a row. Other lanes may hold other chunks of the same one.
+            const unsigned alike = __match_any_sync(kAllLanes, choices_.row) & mine_;
+            raw_ = __ballot_sync(kAllLanes, has_row && __ffs(static_cast<int>(alike)) - 1 == lane_);
             summed_ = 0;
         } else {
-            const int width = 1 << args_.plan.choice_shift, first = lane_ & -width;
-            mine_ = all & (kAllLanes >> (32 - width) << first);
             const bool leads = has_row && __ffs(static_cast<int>(mine_)) - 1 == lane_, is_single = (mine_ & (mine_ - 1)) == 0;
             raw_ = kSumsAlways ? 0 : __ballot_sync(kAllLanes, leads && is_single);
             summed_ = __ballot_sync(kAllLanes, leads && (kSumsAlways || !is_single));

@@ -278,7 +278,8 @@ __device__ __noinline__ inline int claim_share(const Domain& domain, Direction d
             if (static_cast<int32_t>(ptx::load_relaxed_gpu(domain.claims(direction) + share) - operation.num_sends) < 0) found = min(found, share);
         found = __reduce_min_sync(kAllLanes, found);
         if (found == num_shares) return -1;
-        if (ptx::global_timer_ns() - begin_ns < 4000) continue;
+        // Lanes read the time apart: they go on together.
+        if (__any_sync(kAllLanes, ptx::global_timer_ns() - begin_ns < 4000)) continue;
         uint32_t before = 0;
         if (lane == 0) before = atomicCAS(domain.claims(direction) + found, operation.num_sends - 1, operation.num_sends);
         if (__shfl_sync(kAllLanes, before, 0) == operation.num_sends - 1) return found;
