@@ -25,7 +25,7 @@ PACKAGES = ROOT / "packages"
 PURE_PACKAGES = ("deepep-core", "deepep-reference")
 NATIVE_PACKAGES = ("deepep-nvshmem", "deepep-ibgda")
 PYTHON_VERSIONS = ("3.10", "3.11", "3.12", "3.13")
-TREE_TOOLS = ("build", "hatchling", "mpi4py", "mpich", "mypy", "nox", "ruff", "tomli")
+TREE_TOOLS = ("build", "hatchling", "mpi4py", "mpich", "mypy", "nox", "pybind11", "ruff", "tomli")
 # The oldest NVSHMEM that is accepted, which kernels are built with and which starts without a GPU.
 NVSHMEM = "nvidia-nvshmem-cu13==3.4.5"
 CHECKED_SCRIPTS = ("noxfile.py", "tests/cluster", "tests/packaging", "docs", "examples", "benchmarks")

@@ -1,5 +1,7 @@
 """Bad input on one rank of three: the right error on every rank, at once, and a buffer that works for the next call.
 
+"At once" is seen without a clock: the buffers' deadline is longer than a run may last.
+
 Each kind of bad input has a name, so one can be run alone: ``pytest tests/test_bad_input.py -k bias-of-wrong-shape``.
 """
 
@@ -13,7 +15,7 @@ import torch
 
 from deep_ep import Buffer
 from deep_ep.launch import RankContext
-from deep_ep.testing.conformance.errors import Calls, Outcome, outcome_of
+from deep_ep.testing.conformance.errors import NEVER_S, Calls, Outcome, outcome_of
 from deep_ep.testing.conformance.lifecycle import modes_round_trip
 from deep_ep.testing.inputs import Case
 from deep_ep.testing.routing import Routing
@@ -24,7 +26,6 @@ CASE = Case(
     routing=Routing(num_tokens=(5, 6, 4), num_experts=6, num_topk=3, seed=4),
     hidden=512,
 )
-AT_ONCE_S = 10.0
 
 Wrong = Callable[[Calls], dict[str, Any]]
 
@@ -170,7 +171,13 @@ def refused_call(context: RankContext, kind: str) -> Outcome:
 
 def buffer_of(context: RankContext) -> Buffer:
     return Buffer(
-        context.group, 1 << 16, 1 << 16, low_latency_mode=True, timeout_s=30.0, backend="reference", ll_reduce="rank"
+        context.group,
+        1 << 16,
+        1 << 16,
+        low_latency_mode=True,
+        timeout_s=NEVER_S,
+        backend="reference",
+        ll_reduce="rank",
     )
 
 
@@ -191,7 +198,6 @@ def test_refused_arguments(rank_pool, kind):
     assert own.error == "ArgumentError"
     assert REFUSED[kind][1] in own.text
     for rank, outcome in enumerate(outcomes):
-        assert outcome.seconds < AT_ONCE_S
         if rank != OFFENDER:
             assert outcome.error == "PeerRefusedError", f"rank {rank}: {outcome}"
             assert outcome.ranks == (OFFENDER,)
@@ -243,7 +249,6 @@ def test_refused_arguments_across_nodes(rank_pool, kind):
     outcomes = rank_pool.run(refused_call_across_nodes, kind, num_ranks=4, environment=environment)
     assert [o.error for o in outcomes] == ["PeerRefusedError", "ArgumentError", "PeerRefusedError", "PeerRefusedError"]
     assert SEVERAL_NODES[kind][1] in outcomes[OFFENDER].text
-    assert all(outcome.seconds < AT_ONCE_S for outcome in outcomes)
 
 
 # --- ranks that disagree: each is right alone -----------------------------------------------------------------------
@@ -356,7 +361,6 @@ def test_disagreement(rank_pool, kind):
     assert [outcome.error for outcome in outcomes] == ["PeersDisagreeError"] * NUM_RANKS, str(outcomes)
     assert len({outcome.text for outcome in outcomes}) == 1, "the same text on every rank"
     assert DISAGREEING[kind][0] in outcomes[0].text
-    assert all(outcome.seconds < AT_ONCE_S for outcome in outcomes)
     if kind != "handles-of-two-dispatches":
         assert OFFENDER in outcomes[0].ranks
 
@@ -380,7 +384,12 @@ CONSTRUCTION: dict[str, tuple[dict[str, Any], str, str, str]] = {
 
 
 def misguided_construction(context: RankContext, kind: str) -> Outcome:
-    arguments: dict[str, Any] = {"low_latency_mode": True, "backend": "reference", "ll_reduce": "rank"}
+    arguments: dict[str, Any] = {
+        "low_latency_mode": True,
+        "backend": "reference",
+        "ll_reduce": "rank",
+        "timeout_s": NEVER_S,
+    }
     if context.rank == OFFENDER:
         arguments |= CONSTRUCTION[kind][0]
     outcome = outcome_of(lambda: Buffer(context.group, **arguments))
@@ -395,7 +404,6 @@ def test_construction(rank_pool, kind):
     assert [outcome.error for outcome in outcomes] == [of_peers, own, of_peers], str(outcomes)
     assert all(text in outcome.text for outcome in outcomes)
     assert outcomes[0].text == outcomes[2].text
-    assert all(outcome.seconds < AT_ONCE_S for outcome in outcomes)
 
 
 def misguided_setting(context: RankContext, name: str, value: str) -> Outcome:

@@ -45,7 +45,7 @@ def installed(tmp_path_factory) -> Path:
     shutil.copytree(FIXTURE, source)
     target = tmp_path_factory.mktemp("installed")
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation", "--no-index"]
-    subprocess.run([*command, "--target", str(target), str(source)], check=True, timeout=120)
+    subprocess.run([*command, "--target", str(target), str(source)], check=True, timeout=300)
     return target
 
 

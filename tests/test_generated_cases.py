@@ -13,13 +13,19 @@ from hypothesis import strategies as st
 
 from deep_ep.testing.conformance import Setup, low_latency, normal
 from deep_ep.testing.conformance.base import environment_of
-from deep_ep.testing.strategies import low_latency_cases, normal_cases
+from deep_ep.testing.strategies import HARD, Hard, low_latency_cases, normal_cases
 
 RANK_COUNTS = (1, 2, 3, 4, 8)
-EXAMPLES = 50
+# Cases of each mode and number of ranks, by what makes them hard.
+EXAMPLES: dict[Hard | None, int] = {None: 30, **dict.fromkeys(HARD, 10)}
+KINDS = [
+    pytest.param(num_ranks, hard, id=f"{num_ranks}-{hard or 'any'}")
+    for num_ranks in RANK_COUNTS
+    for hard in EXAMPLES
+    if num_ranks > 1 or hard != "all choices on one rank"
+]
 SETUP = Setup(backend="reference", modes=frozenset({"normal", "low_latency"}))
 CASES = settings(
-    max_examples=EXAMPLES,
     deadline=None,
     database=None,
     # Every case counts, and a run's time has a bound: no repeats of old failures, no search for a second one.
@@ -44,10 +50,10 @@ def check(rank_pool, case, run):
     return rank_pool.run(run[0], setup, case, run[1], num_ranks=case.num_ranks, environment=environment_of(setup))
 
 
-@pytest.mark.parametrize("num_ranks", RANK_COUNTS)
-def test_normal_mode_agrees_with_plain_arithmetic(rank_pool, num_ranks):
-    @CASES
-    @given(drawn=normal_cases(num_ranks=num_ranks))
+@pytest.mark.parametrize(("num_ranks", "hard"), KINDS)
+def test_normal_mode_agrees_with_plain_arithmetic(rank_pool, num_ranks, hard):
+    @settings(CASES, max_examples=EXAMPLES[hard])
+    @given(drawn=normal_cases(num_ranks=num_ranks, hard=hard))
     def agrees(drawn):
         case, options = drawn
         received = check(rank_pool, case, (normal.round_trip, options))
@@ -57,10 +63,10 @@ def test_normal_mode_agrees_with_plain_arithmetic(rank_pool, num_ranks):
     agrees()
 
 
-@pytest.mark.parametrize("num_ranks", RANK_COUNTS)
-def test_low_latency_mode_agrees_with_plain_arithmetic(rank_pool, num_ranks):
-    @CASES
-    @given(drawn=low_latency_cases(num_ranks=num_ranks))
+@pytest.mark.parametrize(("num_ranks", "hard"), KINDS)
+def test_low_latency_mode_agrees_with_plain_arithmetic(rank_pool, num_ranks, hard):
+    @settings(CASES, max_examples=EXAMPLES[hard])
+    @given(drawn=low_latency_cases(num_ranks=num_ranks, hard=hard))
     def agrees(drawn):
         case, options = drawn
         check(rank_pool, case, (low_latency.round_trip, options))

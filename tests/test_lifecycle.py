@@ -5,11 +5,9 @@ from __future__ import annotations
 import gc
 import itertools
 import os
-import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +17,19 @@ import torch.distributed as dist
 
 from deep_ep import Buffer
 from deep_ep.launch import RankContext, RankFailure, run_ranks
-from deep_ep.testing.conformance.errors import Calls, Outcome, outcome_of
+from deep_ep.testing.conformance.errors import (
+    DEADLINE_S,
+    HANG_S,
+    NEVER_S,
+    Calls,
+    Outcome,
+    die_as,
+    meeting_of_all,
+    outcome_of,
+)
 from deep_ep.testing.conformance.lifecycle import modes_round_trip
 from deep_ep.testing.inputs import Case
 from deep_ep.testing.routing import Routing
-
-DEADLINE_S = 2.0
 
 
 def small_case(num_ranks: int) -> Case:
@@ -90,26 +95,23 @@ def test_a_thousand_buffers_come_and_go_without_leaving_anything(options, explic
 
 
 def without_rank(context: RankContext, absent: int, what: str) -> Outcome | None:
-    buffer = None
-    if what != "construction":
-        buffer = Buffer(context.group, 0, 1 << 16, low_latency_mode=True, timeout_s=DEADLINE_S, backend="reference")
-    if context.rank == absent:
-        time.sleep(DEADLINE_S + 1.5)
-        return None
-    if buffer is None:
-        return outcome_of(lambda: Buffer(context.group, timeout_s=DEADLINE_S, backend="reference"))
-    calls = Calls(buffer=buffer, case=small_case(context.num_ranks), context=context)
-    if what == "clean":
-        outcome = outcome_of(lambda: buffer.clean_low_latency_buffer(4, 128, 2 * context.num_ranks))
-    else:
-        outcome = outcome_of(calls.dispatch if what == "dispatch" else calls.low_latency_dispatch)
+    meet = meeting_of_all()
+    buffer = Buffer(context.group, 0, 1 << 16, low_latency_mode=True, timeout_s=DEADLINE_S, backend="reference")
+    outcome = None
+    if context.rank != absent:
+        calls = Calls(buffer=buffer, case=small_case(context.num_ranks), context=context)
+        if what == "clean":
+            outcome = outcome_of(lambda: buffer.clean_low_latency_buffer(4, 128, 2 * context.num_ranks))
+        else:
+            outcome = outcome_of(calls.dispatch if what == "dispatch" else calls.low_latency_dispatch)
+    meet()
     buffer.destroy()
     return outcome
 
 
 @pytest.mark.parametrize("absent", [0, 2])
 @pytest.mark.parametrize("what", ["dispatch", "low_latency_dispatch", "clean"])
-def test_missing_rank_is_named_within_the_deadline(what, absent):
+def test_missing_rank_is_named_at_the_deadline(what, absent):
     outcomes = run_ranks(without_rank, absent, what, num_ranks=3)
     for rank, outcome in enumerate(outcomes):
         if rank == absent:
@@ -117,34 +119,43 @@ def test_missing_rank_is_named_within_the_deadline(what, absent):
         assert outcome.error == "PeerTimeoutError", f"rank {rank}: {outcome}"
         assert outcome.ranks == (absent,), f"rank {rank}: {outcome}"
         assert f"rank {absent}" in outcome.text and what in outcome.text
-        assert DEADLINE_S <= outcome.seconds < 2 * DEADLINE_S + 1
+        assert DEADLINE_S <= outcome.seconds < HANG_S
 
 
-def killed_rank(context: RankContext, victim: int, options: dict[str, Any]) -> list[Outcome]:
-    buffer = Buffer(
-        context.group, 0, 1 << 16, low_latency_mode=True, timeout_s=DEADLINE_S, backend="reference", **options
-    )
+def killed_rank(context: RankContext, victim: int, folder: Path) -> list[Outcome]:
+    buffer = Buffer(context.group, 0, 1 << 16, low_latency_mode=True, timeout_s=DEADLINE_S, backend="reference")
     case = small_case(context.num_ranks)
     modes_round_trip(buffer, case, context, ("normal",))
-    if context.rank == victim:
-        os.kill(os.getpid(), signal.SIGKILL)
+    die_as(victim, context, folder)
     calls = Calls(buffer=buffer, case=case, context=context)
     outcomes = [outcome_of(calls.dispatch), outcome_of(calls.dispatch)]
-    started = time.monotonic()
     buffer.destroy()
-    assert time.monotonic() - started < DEADLINE_S, "destroy waited for a dead peer"
     return outcomes
 
 
 @pytest.mark.parametrize("victim", [0, 2])
-def test_killed_rank_ends_calls_and_the_buffer_says_so_from_then_on(victim):
+def test_killed_rank_ends_calls_and_the_buffer_says_so_from_then_on(victim, tmp_path):
     with pytest.raises(RankFailure) as caught:
-        run_ranks(killed_rank, victim, {}, num_ranks=3)
+        run_ranks(killed_rank, victim, tmp_path, num_ranks=3, grace_s=2 * HANG_S)
     assert list(caught.value.failures) == [victim], str(caught.value)
     for rank, (first, second) in caught.value.results.items():
         assert first.error in ("PeerLostError", "PeerTimeoutError"), f"rank {rank}: {first}"
-        assert first.seconds < 2 * DEADLINE_S + 1
+        assert first.seconds < HANG_S
         assert second.error == "BufferStateError", f"rank {rank}: {second}"
+
+
+def destroy_beside_a_killed_rank(context: RankContext, victim: int, folder: Path, options: dict[str, Any]) -> None:
+    buffer = Buffer(context.group, 0, 1 << 16, low_latency_mode=True, timeout_s=NEVER_S, backend="reference", **options)
+    modes_round_trip(buffer, small_case(context.num_ranks), context, ("normal", "low_latency"))
+    die_as(victim, context, folder)
+    buffer.destroy()
+
+
+@pytest.mark.parametrize("options", [{}, {"enable_shrink": True}], ids=["whole-group", "with-masks"])
+def test_destroy_does_not_wait_for_a_killed_rank(options, tmp_path):
+    with pytest.raises(RankFailure) as caught:
+        run_ranks(destroy_beside_a_killed_rank, 1, tmp_path, options, num_ranks=3, grace_s=HANG_S)
+    assert caught.value.results == {0: None, 2: None}, str(caught.value)
 
 
 # --- groups of every kind -------------------------------------------------------------------------------------------
@@ -290,7 +301,7 @@ dist.init_process_group("gloo")
 rank = dist.get_rank()
 
 def make(**options):
-    return Buffer(dist.group.WORLD, 0, 1 << 16, low_latency_mode=True, timeout_s=20.0, backend="reference", **options)
+    return Buffer(dist.group.WORLD, 0, 1 << 16, low_latency_mode=True, timeout_s=600.0, backend="reference", **options)
 
 def use(buffer):
     x = torch.ones(2, 128, dtype=torch.bfloat16)
@@ -332,7 +343,6 @@ def test_interpreter_ends_quietly_and_at_once(ending, tmp_path):
         "TORCHELASTIC_USE_AGENT_STORE": "True",
         "GLOO_SOCKET_IFNAME": "lo",
     }
-    started = time.monotonic()
     processes = [
         subprocess.Popen(
             [sys.executable, str(program)],
@@ -344,10 +354,10 @@ def test_interpreter_ends_quietly_and_at_once(ending, tmp_path):
         for rank in range(2)
     ]
     try:
-        outputs = [process.communicate(timeout=30)[0] for process in processes]
+        # Less than the buffers' deadline, more than a busy machine takes to import torch.
+        outputs = [process.communicate(timeout=300)[0] for process in processes]
     finally:
         for process in processes:
             process.kill()
     assert [process.returncode for process in processes] == [0, 0], outputs
     assert "Traceback" not in "".join(outputs) and "Exception ignored" not in "".join(outputs), outputs
-    assert time.monotonic() - started < 25

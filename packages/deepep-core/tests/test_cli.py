@@ -226,7 +226,7 @@ def test_demo_under_torchrun(here: Path) -> None:
     command = f"-m torch.distributed.run --standalone --nproc-per-node 2 -m deep_ep demo --tokens 16 {SMALL_OPTIONS}"
     environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
     good = subprocess.run(
-        [sys.executable, *command.split()], capture_output=True, text=True, env=environment, timeout=120, check=False
+        [sys.executable, *command.split()], capture_output=True, text=True, env=environment, timeout=300, check=False
     )
     assert good.returncode == 0, good.stderr[-2000:]
     assert good.stdout.count("All values agree") == 1
@@ -508,7 +508,7 @@ def test_unloadable_backend_is_reported_not_raised(monkeypatch: pytest.MonkeyPat
 
 
 def _python(code: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
 
 
 def test_importing_the_library_imports_no_part_of_the_command_line() -> None:
@@ -525,7 +525,7 @@ def test_missing_extra_is_named() -> None:
 
 def test_module_and_version() -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "deep_ep", "--version"], capture_output=True, text=True, timeout=60, check=False
+        [sys.executable, "-m", "deep_ep", "--version"], capture_output=True, text=True, timeout=300, check=False
     )
     assert done.returncode == 0
     assert re.fullmatch(r"deepep \d+\.\d+.*", done.stdout.strip())

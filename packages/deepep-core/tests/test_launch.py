@@ -97,10 +97,8 @@ def test_failure_names_every_failing_rank_and_the_pool_recovers(pool):
 
 def test_stuck_rank_is_reported_with_its_stack_and_the_pool_recovers(pool):
     pool.run(fail_on, ())
-    started = time.monotonic()
-    with pytest.raises(RankFailure, match="had not returned after 1 s") as caught:
-        pool.run(sleep_on, 2, timeout_s=1.0)
-    assert time.monotonic() - started < 10
+    with pytest.raises(RankFailure, match="had not returned after 4 s") as caught:
+        pool.run(sleep_on, 2, timeout_s=4.0)
     assert "in sleep_on" in caught.value.failures[2]
     assert caught.value.results == {0: 0, 1: 1, 3: 3}
     assert pool.run(fail_on, ()) == [0, 1, 2, 3]
@@ -186,7 +184,7 @@ def test_program_under_torchrun_joins_its_launchers_group(tmp_path):
     program.write_text(PROGRAM)
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     command = [*launcher, str(program), str(tmp_path)]
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    finished = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert finished.returncode == 0, finished.stderr
     assert [(tmp_path / f"rank{rank}").read_text() for rank in range(2)] == ["0 2 1 cpu\n", "1 2 1 cpu\n"]
 
@@ -205,7 +203,7 @@ def test_functions_of_a_script_are_found_without_running_it_again(tmp_path: Path
         cwd=elsewhere,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
     )
     assert run.returncode == 0, run.stderr
     assert run.stdout.strip() == "[0, 1]"

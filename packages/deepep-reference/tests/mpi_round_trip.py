@@ -19,7 +19,7 @@ def main() -> None:
     weights = torch.ones(topk_idx.shape)
     x = torch.randint(0, 8, (num_tokens, HIDDEN), generator=random).bfloat16()
 
-    buffer = Buffer(None, low_latency_mode=True, backend="reference", comm=comm, timeout_s=30.0)
+    buffer = Buffer(None, low_latency_mode=True, backend="reference", comm=comm)
     per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(topk_idx, num_experts)
     recv_x, _, recv_weights, _, handle, _ = buffer.dispatch(
         x,

@@ -18,7 +18,7 @@ def test_round_trips_over_an_mpi_communicator() -> None:
     if importlib.util.find_spec("mpi4py") is None or launcher is None:
         pytest.skip("needs mpi4py and mpiexec (pip install mpi4py mpich)")
     finished = subprocess.run(
-        [launcher, "-n", "3", sys.executable, str(PROGRAM)], capture_output=True, text=True, timeout=120, check=False
+        [launcher, "-n", "3", sys.executable, str(PROGRAM)], capture_output=True, text=True, timeout=300, check=False
     )
     assert finished.returncode == 0, finished.stderr
     assert finished.stdout.count("agreed") == 3

@@ -221,7 +221,7 @@ def play(context: RankContext, name: str) -> tuple[str, str]:
     """Error and text of a scenario on this rank, after which both modes still work."""
     rank = Rank(
         context=context,
-        buffer=Buffer(context.group, low_latency_mode=True, backend="reference", timeout_s=20.0),
+        buffer=Buffer(context.group, low_latency_mode=True, backend="reference"),
     )
     outcome = ("", "")
     try:
@@ -235,7 +235,7 @@ def play(context: RankContext, name: str) -> tuple[str, str]:
 
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_every_rank_raises_and_the_next_calls_work(rank_pool: RankPool, name: str) -> None:
-    outcomes = rank_pool.run(play, name, num_ranks=NUM_RANKS, timeout_s=60.0)
+    outcomes = rank_pool.run(play, name, num_ranks=NUM_RANKS)
     _, offender, others = SCENARIOS[name]
     expected = [offender if rank == OFFENDER else others for rank in range(NUM_RANKS)]
     assert [error for error, _ in outcomes] == expected, outcomes

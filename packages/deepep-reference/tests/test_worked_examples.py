@@ -216,7 +216,7 @@ X = [[10.0, 11.0, 12.0], [20.0, 21.0]]
 
 def two_ranks_normal(context: RankContext) -> dict[str, Any]:
     rank = context.rank
-    buffer = Buffer(context.group, backend="reference", timeout_s=30.0)
+    buffer = Buffer(context.group, backend="reference")
     topk_idx, weights = torch.tensor(TOPK_IDX[rank]), torch.tensor(TOPK_WEIGHTS[rank])
     per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(topk_idx, 4)
     recv_x, recv_idx, recv_weights, counts, handle, _ = buffer.dispatch(
@@ -279,7 +279,7 @@ def test_normal_round_trip_of_two_ranks(rank_pool: RankPool) -> None:
 
 def two_ranks_low_latency(context: RankContext) -> dict[str, Any]:
     rank, hidden, max_tokens = context.rank, 128, 3
-    buffer = Buffer(context.group, low_latency_mode=True, backend="reference", timeout_s=30.0)
+    buffer = Buffer(context.group, low_latency_mode=True, backend="reference")
     topk_idx, weights = torch.tensor(TOPK_IDX[rank]), torch.tensor(TOPK_WEIGHTS[rank])
     recv_x, recv_count, handle, _, hook = buffer.low_latency_dispatch(
         rows_of(*X[rank], hidden=hidden), topk_idx, max_tokens, 4, use_fp8=False, return_recv_hook=True
@@ -318,7 +318,7 @@ def test_low_latency_round_trip_of_two_ranks(rank_pool: RankPool) -> None:
 
 def one_expert_named_twice(context: RankContext) -> dict[str, Any]:
     """A token names expert 1 three times, and in low-latency mode every slot of the buffer is taken."""
-    buffer = Buffer(context.group, low_latency_mode=True, backend="reference", timeout_s=30.0)
+    buffer = Buffer(context.group, low_latency_mode=True, backend="reference")
     topk_idx = torch.tensor([[1, 1, 1], [1, 1, 1]])
     weights = torch.tensor([[0.5, 0.25, 1.0], [1.0, 1.0, 2.0]])
     x = rows_of(4.0, 8.0, hidden=128)
@@ -361,7 +361,7 @@ def two_nodes(context: RankContext) -> list[Any]:
     """One expert per rank. Only ranks 0 and 1 have tokens."""
     rank = context.rank
     topk_idx = torch.tensor({0: [[3, 2], [0, 3]], 1: [[1, 2]]}.get(rank, []), dtype=torch.int64).view(-1, 2)
-    buffer = Buffer(context.group, backend="reference", timeout_s=30.0)
+    buffer = Buffer(context.group, backend="reference")
     per_rank, per_node, per_expert, in_rank, _ = buffer.get_dispatch_layout(topk_idx, 4)
     handle = buffer.dispatch(
         rows_of(*range(topk_idx.shape[0])),

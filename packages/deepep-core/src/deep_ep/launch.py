@@ -42,8 +42,8 @@ import torch
 import torch.distributed as dist
 
 _START_TIMEOUT_S = 120.0
-# Once a rank has failed, how long the others may go on: their tracebacks help, waiting for a deadline does not.
 _GRACE_S = 10.0
+_STACKS_TIMEOUT_S = 10.0
 _LOOPBACK = "lo0" if sys.platform == "darwin" else "lo"
 _preloaded = dict.fromkeys(["torch", "torch.distributed", "deep_ep", __name__])
 
@@ -124,6 +124,7 @@ class RankPool:
         *args: Any,
         num_ranks: int | None = None,
         timeout_s: float = 120.0,
+        grace_s: float = _GRACE_S,
         environment: Mapping[str, str | None] | None = None,
     ) -> list[Any]:
         """Call ``function(context, *args)`` on each of the first ``num_ranks`` ranks.
@@ -133,6 +134,8 @@ class RankPool:
             args: the same on every rank.
             num_ranks: 1 to ``max_ranks``; all without it.
             timeout_s: a rank that has not returned by then has failed.
+            grace_s: once a rank has failed, how long the others may go on: what they return or raise helps, waiting
+                for a deadline does not.
             environment: variables to set during this run, or to remove (``None``).
 
         Returns:
@@ -151,7 +154,7 @@ class RankPool:
                 self._processes = _Processes(self)
             try:
                 self._processes.form_group(num_ranks)
-                results, failures = self._processes.run(task, payload, num_ranks, timeout_s)
+                results, failures = self._processes.run(task, payload, num_ranks, timeout_s, grace_s)
             except BaseException:
                 self._kill()
                 raise
@@ -193,12 +196,13 @@ def run_ranks(
     num_ranks: int,
     device: str = "cpu",
     timeout_s: float = 120.0,
+    grace_s: float = _GRACE_S,
     group_backend: str | None = None,
     environment: Mapping[str, str | None] | None = None,
 ) -> list[Any]:
     """`RankPool.run` on a pool of its own, which ends with the call."""
     with RankPool(num_ranks, device=device, group_backend=group_backend) as pool:
-        return pool.run(function, *args, timeout_s=timeout_s, environment=environment)
+        return pool.run(function, *args, timeout_s=timeout_s, grace_s=grace_s, environment=environment)
 
 
 def launched_externally() -> bool:
@@ -342,7 +346,7 @@ class _Processes:
         self._groups.add(num_ranks)
 
     def run(
-        self, task: _Task, payload: bytes, num_ranks: int, timeout_s: float
+        self, task: _Task, payload: bytes, num_ranks: int, timeout_s: float, grace_s: float
     ) -> tuple[dict[int, Any], dict[int, str]]:
         for connection in self._connections[:num_ranks]:
             # A rank that ended by itself since the last run is found by `_collect`.
@@ -350,7 +354,7 @@ class _Processes:
                 connection.send_bytes(b"run")
                 connection.send_bytes(pickle.dumps(task))
                 connection.send_bytes(payload)
-        return self._collect(range(num_ranks), timeout_s)
+        return self._collect(range(num_ranks), timeout_s, grace_s)
 
     def stop(self) -> None:
         for connection in self._connections:
@@ -373,12 +377,12 @@ class _Processes:
         self._directory.cleanup()
 
     def _expect(self, what: str, ranks: Sequence[int]) -> None:
-        results, failures = self._collect(ranks, _START_TIMEOUT_S)
+        results, failures = self._collect(ranks, _START_TIMEOUT_S, _GRACE_S)
         if failures:
             self.kill()
             raise RankFailure(what, self.max_ranks, failures, results)
 
-    def _collect(self, ranks: Sequence[int], timeout_s: float) -> tuple[dict[int, Any], dict[int, str]]:
+    def _collect(self, ranks: Sequence[int], timeout_s: float, grace_s: float) -> tuple[dict[int, Any], dict[int, str]]:
         """What each rank sent, and the text of each rank that failed."""
         results: dict[int, Any] = {}
         failures: dict[int, str] = {}
@@ -387,7 +391,7 @@ class _Processes:
         while waiting:
             remaining = deadline - time.monotonic()
             if remaining <= 0:
-                when = f"after {timeout_s:.0f} s" if not failures else f"{_GRACE_S:.0f} s after the first failure"
+                when = f"after {timeout_s:.0f} s" if not failures else f"{grace_s:.0f} s after the first failure"
                 failures |= self._stacks(list(waiting.values()), when)
                 break
             for connection in wait(list(waiting), timeout=remaining):
@@ -401,7 +405,7 @@ class _Processes:
                 else:
                     (results if succeeded else failures)[rank] = value
                 if not succeeded:
-                    deadline = min(deadline, time.monotonic() + _GRACE_S)
+                    deadline = min(deadline, time.monotonic() + grace_s)
         return results, failures
 
     def _stacks(self, ranks: Sequence[int], when: str) -> dict[int, str]:
@@ -409,13 +413,20 @@ class _Processes:
         for rank in ranks:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self._processes[rank].pid, signal.SIGUSR1)
-        time.sleep(0.5)
-        stacks = {}
-        for rank in ranks:
-            path = Path(self._stack_file(rank))
-            stack = path.read_text() if path.exists() else ""
-            stacks[rank] = f"had not returned {when}; its threads were in:\n{stack or '(unknown)'}"
-        return stacks
+        # Each rank writes its own as soon as it gets a processor; what has not grown for a moment is complete.
+        deadline = time.monotonic() + _STACKS_TIMEOUT_S
+        before, stacks = [""], [self._stack_of(rank) for rank in ranks]
+        while (stacks != before or not all(stacks)) and time.monotonic() < deadline:
+            time.sleep(0.25)
+            before, stacks = stacks, [self._stack_of(rank) for rank in ranks]
+        return {
+            rank: f"had not returned {when}; its threads were in:\n{stack or '(unknown)'}"
+            for rank, stack in zip(ranks, stacks, strict=True)
+        }
+
+    def _stack_of(self, rank: int) -> str:
+        path = Path(self._stack_file(rank))
+        return path.read_text() if path.exists() else ""
 
     def _stack_file(self, rank: int) -> str:
         return os.path.join(self._directory.name, f"stacks_of_rank_{rank}.txt")

@@ -30,19 +30,19 @@ class Mutant:
 class Program:
     path: Path
 
-    def run(self, *arguments: object, timeout_s: float = 120.0) -> subprocess.CompletedProcess[str]:
+    def run(self, *arguments: object) -> subprocess.CompletedProcess[str]:
         """Run to the end, whatever the exit status."""
         command = [str(self.path), *map(str, arguments)]
         # One race is enough to fail; writing reports of them all takes longer than the program.
         environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1"}
-        result = subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, env=environment)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
         if "unexpected memory mapping" in result.stderr:
             pytest.skip(f"ThreadSanitizer of this g++ does not run on this kernel: {result.stderr.splitlines()[0]}")
         return result
 
-    def check(self, *arguments: object, timeout_s: float = 120.0) -> str:
+    def check(self, *arguments: object) -> str:
         """Run and return what it prints; a failure shows what does not hold."""
-        result = self.run(*arguments, timeout_s=timeout_s)
+        result = self.run(*arguments)
         assert result.returncode == 0, f"exit {result.returncode}: {result.stderr[-4000:]}{result.stdout[-1000:]}"
         return result.stdout
 

@@ -23,7 +23,7 @@ MEMORY_CHECKS = "address,undefined"
 NUM_SCHEDULES = 1_000_000
 NUM_SCHEDULES_CHECKED = 100_000
 NUM_SCHEDULES_MUTANT = 2_000
-NUM_MESSAGES = 11_000  # of each of three posters, two requests each: more than 65536
+NUM_MESSAGES = 1_000  # of each of three posters, two requests each: request numbers wrap in the midst of them
 CASES = [
     pytest.param(source, case, id=case)
     for source in ("rdma_cases.cpp", "mover_cases.cpp")
@@ -173,7 +173,7 @@ def test_case(compile_program: Compile, source: str, case: str) -> None:
 def test_moves_that_land_late_find_the_mistake(compile_program: Compile, mutant_of: type, name: str) -> None:
     case, old, new = MOVER_MISTAKES[name]
     mutant = mutant_of(name=name, header="rdma/software_nic.hpp", old=old, new=new)
-    assert compile_program("mover_cases.cpp", "-O0", mutant=mutant).run(case, timeout_s=20).returncode == 1
+    assert compile_program("mover_cases.cpp", "-O0", mutant=mutant).run(case).returncode == 1
 
 
 @pytest.mark.parametrize("sanitizers", ["thread", MEMORY_CHECKS])
@@ -216,7 +216,7 @@ def test_schedules_that_show_nothing_fail(compile_program: Compile, switch: str)
 def test_schedules_find_the_mistake(compile_program: Compile, mutant_of: type, name: str) -> None:
     header, old, new = MISTAKES[name]
     mutant = mutant_of(name=name, header=header, old=old, new=new)
-    result = compile_program("fault_schedules.cpp", "-O0", mutant=mutant).run(1, NUM_SCHEDULES_MUTANT, timeout_s=20)
+    result = compile_program("fault_schedules.cpp", "-O0", mutant=mutant).run(1, NUM_SCHEDULES_MUTANT)
     assert result.returncode != 0
 
 

@@ -34,7 +34,7 @@ def compile_program(folder: Path, csrc: Path) -> Path:
 
 
 def run(program: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([str(program), str(NUM_STEPS)], capture_output=True, text=True, timeout=60)
+    return subprocess.run([str(program), str(NUM_STEPS)], capture_output=True, text=True, timeout=300)
 
 
 def test_what_has_landed_is_said_and_nothing_else(tmp_path: Path) -> None:

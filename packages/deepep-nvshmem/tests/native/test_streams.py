@@ -98,7 +98,7 @@ class Program:
         """Run to the end, whatever the exit status."""
         environment = {**os.environ, "TSAN_OPTIONS": "halt_on_error=1", "MISTAKE": str(mistake)}
         command = [str(self.path), *map(str, arguments)]
-        result = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environment)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
         if "unexpected memory mapping" in result.stderr:
             pytest.skip(f"ThreadSanitizer of this g++ does not run on this kernel: {result.stderr.splitlines()[0]}")
         return result

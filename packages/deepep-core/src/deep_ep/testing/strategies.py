@@ -6,7 +6,7 @@ expert and no options, and its ``repr`` is all that is needed to run it again.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from hypothesis import strategies as st
 
@@ -14,6 +14,9 @@ from .conformance.low_latency_calls import CASTS, COMPLETIONS, LowLatencyOptions
 from .conformance.normal_calls import OVERLAPS, NormalOptions
 from .inputs import Case
 from .routing import PATTERNS, Routing
+
+Hard = Literal["a rank without tokens", "all choices on one rank"]
+HARD: tuple[Hard, ...] = get_args(Hard)
 
 
 def _divisors(number: int) -> list[int]:
@@ -29,18 +32,25 @@ def routings(
     max_tokens: int = 10,
     max_local_experts: int = 4,
     max_topk: int = 8,
+    hard: Hard | None = None,
 ) -> Routing:
-    """A routing for ``num_ranks`` ranks; every other may have ranks without tokens, every fourth goes to one rank."""
+    """A routing for ``num_ranks`` ranks: one that is ``hard`` in this way, or any."""
     tokens = st.integers(1, max_tokens)
     if draw(st.booleans()):
         tokens = st.integers(0, 2).map(lambda n: n and max_tokens // n)
+    num_tokens = draw(st.lists(tokens, min_size=num_ranks, max_size=num_ranks))
+    if hard == "a rank without tokens":
+        num_tokens[draw(st.integers(0, num_ranks - 1))] = 0
+    on_one_rank = hard == "all choices on one rank"
+    if on_one_rank and not any(num_tokens):
+        num_tokens[-1] = 1
     return Routing(
-        num_tokens=tuple(draw(st.lists(tokens, min_size=num_ranks, max_size=num_ranks))),
+        num_tokens=tuple(num_tokens),
         num_experts=num_ranks * draw(st.integers(1, max_local_experts)),
         num_topk=draw(st.integers(1, max_topk)),
-        pattern=draw(st.sampled_from(PATTERNS)),
+        pattern="skewed" if on_one_rank else draw(st.sampled_from(PATTERNS)),
         target=draw(st.integers(0, num_ranks - 1)),
-        drop_percent=draw(st.sampled_from([0, 0, 30, 90])),
+        drop_percent=0 if on_one_rank else draw(st.sampled_from([0, 0, 30, 90])),
         seed=draw(st.integers(0, 2**16)),
     )
 

@@ -332,11 +332,14 @@ class LowLatencyConformance(Conformance):
 
     @at_least(2)
     def test_wait_statistics_show_the_late_rank(self, run: Run, setup: Setup, num_ranks: int) -> None:
-        late, seconds = num_ranks - 1, 0.25
+        late = num_ranks - 1
         case = _case(num_ranks, setup, seed=11, drop_percent=0, num_topk=2 * num_ranks)
-        for rank, waits in enumerate(run(late_rank, case, late, seconds, num_ranks=num_ranks)):
-            if rank != late:
-                assert waits[late] > 0.5e9 * seconds, f"rank {rank} says it waited {waits} ns; rank {late} was late"
+        # A busy machine may keep the others from waiting; then the late rank comes later.
+        for seconds in (0.25, 1.0, 4.0):
+            waits = run(late_rank, case, late, seconds, num_ranks=num_ranks)
+            if all(of_rank[late] > 0.5e9 * seconds for of_rank in waits[:late]):
+                return
+        raise AssertionError(f"rank {late} was {seconds} s late; the ranks say that they waited, in ns: {waits}")
 
     @at_least(2)
     @pytest.mark.parametrize("which", ["first", "last"])
