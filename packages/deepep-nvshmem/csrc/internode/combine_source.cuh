@@ -117,10 +117,9 @@ private:
             const int64_t begin = stream_.first_row(block), end = begin + stream_.rows_of(block);
             find_rows(begin, end);
             sum_own(begin, end);
-            if (!wait_answers(slot)) return;
+            if (!wait_turn(i, round) || !wait_answers(slot)) return;
             for (int64_t token = begin; token < end; ++token) sum_result(token, static_cast<int>(token - begin), slot);
             __syncwarp();
-            if (!wait_turn(i, round)) return;
             if (lane_ == 0) {
                 __threadfence_block();  // joins the loads of the slot to the request warp's fence
                 poke(collection_.finished + i, round + 1);
@@ -128,17 +127,12 @@ private:
         }
     }
 
-    // Blocks of a slot are finished in their order. A block of which other nodes hold nothing needs no answer, and may be added up while another
-    // warp still reads the slot for the block before.
-    __device__ bool wait_turn(int i, int round) {
-        uint64_t start_ns = 0;
+    // Blocks of a slot are finished in their order, and a block is asked for only when the one before is finished. No deadline: the warp that has
+    // the block before waits for other ranks, and knows for whom.
+    __device__ bool wait_turn(int i, int round) const {
         for (uint32_t poll = 1;; ++poll) {
-            const int32_t finished = peek_as_warp(collection_.finished + i);
-            if (finished == round) return true;
-            bool is_hopeless = false;
-            if (poll % kPollsPerCheck == 0 && lane_ == 0)
-                is_hopeless = wait_is_hopeless(context_, Phase::kWindow, args_.domain.group.rank, finished, round, &start_ns);
-            if (__any_sync(~0u, is_hopeless)) return false;
+            if (peek_as_warp(collection_.finished + i) == round) return true;
+            if (poll % kPollsPerCheck == 0 && __any_sync(~0u, has_failed(context_))) return false;
         }
     }
 

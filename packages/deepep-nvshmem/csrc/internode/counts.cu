@@ -165,9 +165,9 @@ __device__ void publish(const NotifyArgs& args, const WaitContext& context, bool
     for (int expert = threadIdx.x; expert < num_local_experts; expert += kNumThreads) {
         int64_t sum = 0;
         for (int rank = 0; rank < num_ranks; ++rank) {
-            // An expert cannot get more tokens than its rank gets.
+            // A token may choose an expert several times, and each choice counts.
             const int32_t count = word(rank, layout.expert_counts() + expert);
-            const bool is_bad = count < 0 || count > word(rank, CountsRecord::kRankCounts + group.rank);
+            const bool is_bad = count < 0 || count > static_cast<int64_t>(kMaxTopk) * word(rank, CountsRecord::kRankCounts + group.rank);
             if (is_bad) report_error(context, ErrorKind::kBadCount, Phase::kCounts, rank, count, word(rank, CountsRecord::kRankCounts + group.rank), 0);
             has_bad = has_bad || is_bad;
             sum += is_bad ? 0 : count;

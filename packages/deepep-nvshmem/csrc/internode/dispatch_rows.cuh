@@ -66,13 +66,22 @@ public:
     }
     __device__ bool is_over() const { return rows_left_ == 0 && num_chunks_left() == 0 && next_own_ >= num_own_items_; }
     __device__ bool has_ended_badly(uint64_t& start_ns) const {
-        const Waiting waiting = looked_chunk_ < 0 ? Waiting{}
-                                                  : Waiting{args_.domain.group.peer_of(contexts_.node_of(looked_index_)), seen_, chunk_word(context_.epoch, looked_chunk_)};
-        return is_hopeless(context_, Phase::kWindow, waiting, start_ns);
+        return is_hopeless(context_, Phase::kWindow, waiting(), start_ns);
     }
 
 private:
     __device__ int num_chunks_left() const { return peek_as_warp(delivery_.num_chunks_left); }
+
+    // Of this lane's contexts, one whose chunk has not come.
+    __device__ Waiting waiting() const {
+        for (int index = lane_; index < contexts_.count(); index += 32) {
+            const int node = contexts_.node_of(index), chunk = peek(delivery_.next_chunks + index);
+            if (chunk >= received_[node].num_chunks) continue;
+            const uint64_t seen = ptx::load_relaxed_sys(word_of(node, contexts_.slot_of(index))), expected = chunk_word(context_.epoch, chunk);
+            if (seen != expected) return {args_.domain.group.peer_of(node), seen, expected};
+        }
+        return {};
+    }
 
     // Asks for the words of up to 32 contexts; open_chunk() uses them one row later, so that their way from the L2 cache costs nothing.
     __device__ void look() {

@@ -245,7 +245,8 @@ __device__ void return_slots(const CombineArgs& args, const WaitContext& context
     const Domain& domain = args.domain;
     const int rank = threadIdx.x % kMaxRanks;
     while (true) {
-        const bool is_over = *const_cast<volatile uint32_t*>(&pipeline.num_stages_over) == static_cast<uint32_t>(args.num_stages);
+        // Lanes read the word apart: they go on together.
+        const bool is_over = __all_sync(~0u, *const_cast<volatile uint32_t*>(&pipeline.num_stages_over) == static_cast<uint32_t>(args.num_stages));
         __threadfence_block();  // cells filled before the count went up are seen below
         bool has_any = false;
         for (int stage = threadIdx.x % 32 / kMaxRanks; stage - static_cast<int>(threadIdx.x % 32 / kMaxRanks) < args.num_stages; stage += 32 / kMaxRanks) {

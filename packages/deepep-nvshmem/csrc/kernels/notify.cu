@@ -117,8 +117,8 @@ __device__ void publish_counts(const NotifyArgs& args, const WaitContext& contex
             const uint64_t* words = domain.window.counts(domain.arenas[domain.rank], context.epoch, src_rank);
             uint32_t value = 0;
             wait_signal<false>(context, words + kNumHeaderWords + num_ranks + expert, context.epoch, Phase::kCounts, src_rank, &value);
-            // An expert cannot get more tokens than its rank gets.
-            if (value > static_cast<uint32_t>(shared.counts[src_rank][domain.rank])) {
+            // A token may choose an expert several times, and each choice counts.
+            if (value > static_cast<uint64_t>(kMaxTopk) * static_cast<uint32_t>(shared.counts[src_rank][domain.rank])) {
                 report_error(context, ErrorKind::kBadCount, Phase::kCounts, src_rank, value, shared.counts[src_rank][domain.rank], 0);
                 atomicOr(&shared.bad_count_mask, 1u << src_rank);
                 value = 0;
