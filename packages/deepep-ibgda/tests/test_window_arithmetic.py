@@ -52,6 +52,8 @@ def test_size_hint_is_enough_for_every_topk(
     hint = Buffer.get_low_latency_rdma_size_hint(max_tokens, hidden, num_ranks, 2 * num_ranks)
     for num_topk in (1, 8, 32):
         shape = map(str, (num_ranks, max_tokens, hidden, num_topk, int(has_remote)))
-        needed = int(subprocess.run([str(program), "need", *shape], capture_output=True, check=True, timeout=300).stdout)
+        needed = int(
+            subprocess.run([str(program), "need", *shape], capture_output=True, check=True, timeout=300).stdout
+        )
         assert needed <= hint, f"top-{num_topk} needs {needed} bytes, the hint is {hint}"
     assert has_remote is False or hint < 1.5 * needed + (1 << 20), f"the hint {hint} wastes memory: {needed} are needed"

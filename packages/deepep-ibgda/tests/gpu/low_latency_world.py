@@ -1,27 +1,60 @@
 """Several ranks in one process, one GPU each (or all on one): what the kernels need and nothing of the backend around.
 
+Without GPUs (or with ``DEEPEP_EMULATED=1``) they are those of ``tests/emulator``: launches are kept until
+``World.sync`` runs them.
+
 Symbols: ``N`` ranks, ``X`` most tokens of a rank, ``T`` tokens of a rank, ``K`` choices, ``H`` hidden size, ``E``
 experts, ``L = E / N`` experts of a rank, ``M = N X`` rows of a local expert.
 """
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any
 
 import torch
 
-if build := os.environ.get("DEEPEP_BUILD_DIR"):
-    sys.path.insert(0, build)
-    import _ibgda
-else:
-    from deepep_ibgda import _ibgda
+sys.path.insert(0, str(Path(__file__).resolve().parents[4] / "tests/emulator"))
+import emulator
 
-SEND, RECEIVE = _ibgda.SEND, _ibgda.RECEIVE
+EMULATED = os.environ.get("DEEPEP_EMULATED") == "1" or not torch.cuda.is_available()
+SEND, RECEIVE = 1, 2
 BOTH = SEND + RECEIVE
+
+
+@functools.cache
+def _loaded() -> tuple[Any, Any]:
+    module: Any
+    if build := os.environ.get("DEEPEP_BUILD_DIR"):
+        sys.path.insert(0, build)
+        import _ibgda as module
+
+        machine = emulator.Emulator(module) if EMULATED else None
+    elif EMULATED:
+        module, machine = emulator.load("_ibgda")
+    else:
+        from deepep_ibgda import _ibgda as module
+
+        machine = None
+    assert (module.SEND, module.RECEIVE) == (SEND, RECEIVE)
+    return module, machine
+
+
+def native() -> Any:
+    """The extension: of the build folder ``DEEPEP_BUILD_DIR``, of the emulator, or the installed one."""
+    return _loaded()[0]
+
+
+def machine() -> Any:
+    """The emulator."""
+    return _loaded()[1]
+
+
 ONE_GPU = os.environ.get("DEEPEP_TEST_ONE_GPU") == "1"
 CASTS = ("bf16", "fp8", "fp8_round", "ue8m0")
 
@@ -79,6 +112,11 @@ class Case:
         return replace(self, seed=self.seed + 1)
 
 
+@dataclass(frozen=True)
+class EmulatedStream:
+    cuda_stream: int
+
+
 class World:
     """``N`` runtimes in ordinary tensors; peer access comes from torch's first copy between two devices."""
 
@@ -95,15 +133,18 @@ class World:
         self.num_ranks = num_ranks
         self.ll_reduce = ll_reduce
         self.devices = [0 if ONE_GPU else rank for rank in range(num_ranks)]
-        for a in set(self.devices):
+        for a in set(self.devices if not EMULATED else ()):
             for b in set(self.devices):
                 torch.ones(8, device=f"cuda:{a}").to(f"cuda:{b}")
-        self.arenas = [torch.empty(arena_bytes, dtype=torch.uint8, device=f"cuda:{d}") for d in self.devices]
-        pointers = [arena.data_ptr() for arena in self.arenas]
+        # Torch aligns memory of the host to 64 bytes.
+        self.arenas = [
+            torch.empty(arena_bytes + 256, dtype=torch.uint8, device=self.device(r)) for r in range(num_ranks)
+        ]
+        pointers = [(arena.data_ptr() + 255) // 256 * 256 for arena in self.arenas]
         node = [rank // (ranks_per_node or num_ranks) for rank in range(num_ranks)]
         is_remote = [[node[peer] != node[rank] for peer in range(num_ranks)] for rank in range(num_ranks)]
         self.nics = [
-            _ibgda.SoftwareNic(
+            native().SoftwareNic(
                 rank=rank,
                 device=self.devices[rank],
                 arena_ptrs=pointers,
@@ -116,7 +157,7 @@ class World:
         for nic in self.nics:
             nic.start()
         self.runtimes = [
-            _ibgda.Runtime(
+            native().Runtime(
                 rank=rank,
                 num_ranks=num_ranks,
                 device=self.devices[rank],
@@ -130,18 +171,27 @@ class World:
         ]
         for runtime in self.runtimes:
             runtime.set_timeout_ns(int((60.0 if ONE_GPU else timeout_s) * 1e9))
-        self.streams = [torch.cuda.Stream(device=d) for d in self.devices]
+        self.streams: list[Any] = (
+            [EmulatedStream(1 + rank) for rank in range(num_ranks)]
+            if EMULATED
+            else [torch.cuda.Stream(device=d) for d in self.devices]
+        )
         self.only: int | None = None  # launches of one rank alone, for capture
+        self.held: list[Any] = []  # what launches refer to, until they have run
 
     def ranks(self) -> list[int]:
         return list(range(self.num_ranks)) if self.only is None else [self.only]
 
     def device(self, rank: int) -> torch.device:
-        return torch.device("cuda", self.devices[rank])
+        return torch.device("cpu") if EMULATED else torch.device("cuda", self.devices[rank])
 
     def sync(self) -> None:
-        for device in set(self.devices):
+        if EMULATED:
+            machine().set_alone(not self.nics)
+            machine().run()
+        for device in set(self.devices if not EMULATED else ()):
             torch.cuda.synchronize(device)
+        self.held.clear()
 
     def errors(self) -> list[str]:
         return [repr(e) for e in (runtime.error() for runtime in self.runtimes) if e is not None]
@@ -260,7 +310,7 @@ def make_received(world: World, case: Case) -> list[Received]:
     result = []
     for rank in range(case.num_ranks):
         device = world.device(rank)
-        words = _ibgda.Runtime.handle_words(
+        words = native().Runtime.handle_words(
             num_ranks=case.num_ranks, max_tokens=case.limit, num_experts=case.num_experts, num_topk=case.num_topk
         )
         scales = None
@@ -296,6 +346,7 @@ def dispatch(
     discard: bool = False,
     ranks: Sequence[int] | None = None,
 ) -> None:
+    world.held.append((inputs, received))
     for rank in world.ranks() if ranks is None else ranks:
         i, r = inputs[rank], received[rank]
         world.runtimes[rank].dispatch(
@@ -338,7 +389,7 @@ def make_combining(world: World, case: Case) -> list[Combining]:
             Combining(
                 x=y,
                 out=poisoned((case.num_tokens[rank], case.hidden), torch.bfloat16, device),
-                ticket=poisoned((_ibgda.Runtime.ticket_words(num_ranks=case.num_ranks),), torch.int32, device),
+                ticket=poisoned((native().Runtime.ticket_words(num_ranks=case.num_ranks),), torch.int32, device),
                 wait_stats=torch.zeros(case.num_ranks, dtype=torch.int64, device=device) if case.with_stats else None,
             )
         )
@@ -356,6 +407,7 @@ def combine(
     discard: bool = False,
     ranks: Sequence[int] | None = None,
 ) -> None:
+    world.held.append((inputs, received, combining))
     for rank in world.ranks() if ranks is None else ranks:
         i, r, c = inputs[rank], received[rank], combining[rank]
         world.runtimes[rank].combine(

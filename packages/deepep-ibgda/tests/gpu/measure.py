@@ -12,7 +12,7 @@ from dataclasses import replace
 from functools import partial
 
 import torch
-from low_latency_world import Case, World, _ibgda, combine, dispatch, make_combining, make_inputs, make_received
+from low_latency_world import Case, World, combine, dispatch, make_combining, make_inputs, make_received, native
 
 Launch = Callable[[], object]
 
@@ -82,7 +82,7 @@ def print_trace(world: World, op: str, num_blocks: int, megahertz: float = 1980.
     """When the blocks of each rank's last operation came to which point, in microseconds since they began."""
     for rank in (0, world.num_ranks - 1):
         with torch.cuda.device(world.devices[rank]):
-            stamps = torch.tensor(_ibgda.stamps(op), dtype=torch.int64).view(-1, len(STAMPS[op]))[:num_blocks]
+            stamps = torch.tensor(native().stamps(op), dtype=torch.int64).view(-1, len(STAMPS[op]))[:num_blocks]
         since = ((stamps - stamps[:, :1]) & 0xFFFFFFFF).float() / megahertz
         print(f"  {op}, rank {rank}: minimum / median / maximum over blocks (blocks that came there last time)")
         for point, name in enumerate(STAMPS[op]):

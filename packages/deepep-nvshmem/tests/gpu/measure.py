@@ -14,7 +14,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from world import Case, Rank, World, _nvlink, allocate, combine, dispatch, layout, make_back, make_rank, notify
+from world import Case, Rank, World, allocate, combine, dispatch, layout, make_back, make_rank, native, notify
 
 Launch = Callable[[], object]
 
@@ -76,7 +76,7 @@ def fabric(world: World, direction: str, num_sms: int, row_bytes: int = 7168) ->
     def launch() -> None:
         for rank, stream in enumerate(world.streams):
             with torch.cuda.device(world.devices[rank]):
-                _nvlink.fabric_limit(
+                native().fabric_limit(
                     direction=direction,
                     rank=rank,
                     arena_ptrs=pointers,

@@ -1,6 +1,7 @@
 """The kernels against plain tensor arithmetic, on as many GPUs as a case has ranks.
 
-With DEEPEP_TEST_ONE_GPU=1 all ranks share one GPU, side by side on streams of their own.
+With DEEPEP_TEST_ONE_GPU=1 all ranks share one GPU, side by side on streams of their own; with DEEPEP_EMULATED=1 there
+is no GPU at all (tests/emulator), as on a machine without any.
 """
 
 from __future__ import annotations
@@ -14,28 +15,39 @@ from pathlib import Path
 import pytest
 
 torch = pytest.importorskip("torch")
-if not torch.cuda.is_available():
-    pytest.skip("needs CUDA GPUs; none is visible", allow_module_level=True)
 sys.path.insert(0, str(Path(__file__).resolve().parent))
-pytest.importorskip(
-    "world", reason="needs the extension: install the package or name DEEPEP_BUILD_DIR", exc_type=ImportError
+from world import (  # noqa: E402
+    EMULATED,
+    Case,
+    Rank,
+    World,
+    allocate,
+    combine,
+    dispatch,
+    emulator,
+    layout,
+    machine,
+    make_back,
+    make_rank,
+    notify,
 )
 
-from world import Case, Rank, World, allocate, combine, dispatch, layout, make_back, make_rank, notify  # noqa: E402
-
+if EMULATED and (obstacle := emulator.obstacle()):
+    pytest.skip(f"needs CUDA GPUs, none is visible; and {obstacle}", allow_module_level=True)
 _worlds: dict[tuple[int, int, bool], World] = {}
 ONE_GPU = bool(os.environ.get("DEEPEP_TEST_ONE_GPU"))
 
 
 def world_of(num_ranks: int, staging_bytes: int = 64 << 20, symmetric: bool = False) -> World:
-    if torch.cuda.device_count() < num_ranks and not ONE_GPU:
+    if torch.cuda.device_count() < num_ranks and not ONE_GPU and not EMULATED:
         pytest.skip(
             f"needs {num_ranks} GPUs, found {torch.cuda.device_count()}; DEEPEP_TEST_ONE_GPU=1 puts all ranks on one"
         )
     key = (num_ranks, staging_bytes, symmetric)
     if key not in _worlds:
         devices = [0] * num_ranks if ONE_GPU else None
-        _worlds[key] = World(num_ranks, 3 << 30, staging_bytes=staging_bytes, symmetric=symmetric, devices=devices)
+        arena_bytes = 512 << 20 if EMULATED else 3 << 30
+        _worlds[key] = World(num_ranks, arena_bytes, staging_bytes=staging_bytes, symmetric=symmetric, devices=devices)
     _worlds[key].release()
     return _worlds[key]
 
@@ -99,21 +111,21 @@ def check_dispatch(case: Case, ranks: list[Rank], *, cached: bool = False) -> li
         device = r.x.device
         pick = [g[:, rank].nonzero().flatten() for g in goes]
         gather = partial(gather_rows, ranks, pick, device)
-        first_difference("recv_x", rank, r.outputs["x"][:rows], gather("x"))
+        first_difference("recv_x", rank, r.seen["x"][:rows], gather("x"))
         if case.num_scales:
-            first_difference("recv_scales", rank, r.outputs["scales"][:rows], gather("scales"))
+            first_difference("recv_scales", rank, r.seen["scales"][:rows], gather("scales"))
         if cached:
             continue
         idx = gather("topk_idx").long()
         local = torch.where((idx >= rank * per_rank) & (idx < (rank + 1) * per_rank), idx - rank * per_rank, -1)
-        first_difference("recv_topk_idx", rank, r.outputs["topk_idx"][:rows], local)
+        first_difference("recv_topk_idx", rank, r.seen["topk_idx"][:rows], local)
         first_difference(
             "recv_topk_weights",
             rank,
-            r.outputs["topk_weights"][:rows],
+            r.seen["topk_weights"][:rows],
             torch.where(local < 0, 0.0, gather("topk_weights")),
         )
-        first_difference("recv_src_idx", rank, r.outputs["src_idx"][:rows].cpu(), torch.cat(pick).int())
+        first_difference("recv_src_idx", rank, r.seen["src_idx"][:rows].cpu(), torch.cat(pick).int())
         per_expert = torch.bincount(local[local >= 0].flatten().cpu(), minlength=per_rank)
         first_difference(
             "expert_counts", rank, r.expert_counts.cpu(), (-(-per_expert // case.alignment) * case.alignment).int()
@@ -132,14 +144,24 @@ def check_combine(case: Case, ranks: list[Rank], backs: list, *, weights: bool =
             head = r.send_head[:, owner]
             held = (head >= 0).nonzero().flatten()
             rows = head[held].long().to(o.y.device)
-            total[held] += o.y[rows].to(device).float()
-            total_weights[held] += o.weights[rows].to(device)
+            total[held] += o.given_y[rows].to(device).float()
+            total_weights[held] += o.given_weights[rows].to(device)
         first_difference("combined", rank, b.out, total.to(torch.bfloat16))
         if weights:
             first_difference("combined weights", rank, b.out_weights, total_weights)
 
 
+def affordable(case: Case) -> Case:
+    """The emulator gets fewer blocks, and fewer tokens where rows are long: a warp does what it does on a GPU."""
+    if not EMULATED:
+        return case
+    most, largest = 80 if case.hidden_bytes > 4096 else 4200, max(case.num_tokens)
+    num_tokens = tuple(-(-t * most // largest) if largest > most else t for t in case.num_tokens)
+    return dataclasses.replace(case, num_sms=min(case.num_sms, 3), num_tokens=num_tokens)
+
+
 def run(case: Case, staging_bytes: int = 64 << 20, symmetric: bool = False) -> None:
+    case = affordable(case)
     world = world_of(case.num_ranks, staging_bytes, symmetric)
     ranks = [make_rank(world, case, rank) for rank in range(case.num_ranks)]
     world.sync()
@@ -198,6 +220,7 @@ def cases() -> list[Case]:
             Case(num_tokens=(200, 50, 100, 150), routing="some_unused", num_biases=2, **how),
             Case(num_tokens=(64, 64, 64, 64), routing="none", num_biases=1, **how),
             Case(num_tokens=(64, 64, 64, 64), routing="bad", **how),
+            Case(num_tokens=(40, 30, 20, 10), routing="repeated", num_topk=6, **how),
             Case(num_tokens=(65, 66, 67, 68), hidden_bytes=16 * 7, num_topk=3, num_experts=12, num_biases=1, **how),
             Case(num_tokens=(65, 66, 67), hidden_bytes=16, num_topk=1, num_experts=3, **how),
             Case(num_tokens=(70, 71, 72, 73), hidden_bytes=32768, num_topk=8, num_experts=64, num_sms=5, **how),
@@ -319,11 +342,47 @@ def test_large_outputs_are_relayed(case: Case) -> None:
     run(dataclasses.replace(case, relay=True), staging_bytes=case.num_ranks * 256 * 8192)
 
 
+# Eight ranks: shorter parts of a row in combine, seven pushing warps, eight rows in a stage.
+EIGHT = [
+    Case(num_tokens=(40, 0, 33, 17, 64, 5, 28, 1), num_topk=8, num_experts=64, num_biases=1),
+    Case(num_tokens=(9, 12, 0, 10, 11, 8, 7, 13), num_topk=8, num_experts=8, hidden_bytes=8208, staged=(True,) * 8),
+    Case(
+        num_tokens=(20, 12, 0, 30, 1, 18, 27, 13),
+        num_topk=3,
+        num_experts=16,
+        routing="some_unused",
+        staged=(True, False) * 4,
+        relay=True,
+    ),
+]
+
+
+@pytest.mark.parametrize("use_bulk", [True, False], ids=["bulk", "plain"])
+@pytest.mark.parametrize("case", EIGHT, ids=lambda case: case.name)
+def test_eight_ranks_agree_with_tensor_arithmetic(case: Case, use_bulk: bool) -> None:
+    run(dataclasses.replace(case, use_bulk=use_bulk), staging_bytes=case.num_ranks * 16 * 8192)
+
+
+@pytest.mark.skipif(not EMULATED, reason="a GPU decides by itself how many blocks run at once")
+@pytest.mark.parametrize("relay", [False, True], ids=["staged", "relayed"])
+@pytest.mark.parametrize("use_bulk", [True, False], ids=["bulk", "plain"])
+def test_one_resident_block_is_enough(use_bulk: bool, relay: bool) -> None:
+    case = Case(num_tokens=(100, 90, 70, 33), staged=(True, True, False, True), relay=relay, use_bulk=use_bulk)
+    world_of(4)
+    machine().set_resident(1)
+    try:
+        run(dataclasses.replace(case, staged=(), relay=False))
+        run(case, staging_bytes=4 * 16 * 8192)
+    finally:
+        machine().set_resident(0)
+
+
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_memory_exported_and_imported_as_file_descriptors_serves(num_ranks: int) -> None:
     run(Case(num_tokens=(150, 140, 130, 0)[:num_ranks], hidden_bytes=2048, num_topk=8, num_experts=64), symmetric=True)
 
 
+@pytest.mark.skipif(EMULATED, reason="graphs are recorded on GPUs only")
 def test_a_captured_graph_replays_with_new_routing_and_data() -> None:
     case = Case(num_tokens=(100, 50, 0, 80), num_topk=4)
     world = world_of(4)
@@ -362,7 +421,7 @@ def test_a_captured_graph_replays_with_new_routing_and_data() -> None:
 
 
 def test_many_repetitions_give_the_same_bytes() -> None:
-    case = Case(num_tokens=(512, 300, 512, 1), hidden_bytes=7168, num_topk=8, num_experts=256, num_sms=16)
+    case = affordable(Case(num_tokens=(512, 300, 512, 1), hidden_bytes=7168, num_topk=8, num_experts=256, num_sms=16))
     world = world_of(4)
     ranks = [make_rank(world, case, rank) for rank in range(4)]
     world.sync()
@@ -372,7 +431,7 @@ def test_many_repetitions_give_the_same_bytes() -> None:
     allocate(world, case, ranks, rows)
     backs = [make_back(world, case, rank, rows[rank]) for rank in range(4)]
     world.sync()
-    for _ in range(300):
+    for _ in range(4 if EMULATED else 300):
         dispatch(world, case, ranks)
         combine(world, case, ranks, backs)
     world.check()
@@ -395,6 +454,25 @@ def test_worst_case_sizes_need_no_host_and_mark_unused_rows() -> None:
     for rank, r in enumerate(ranks):
         assert (r.outputs["topk_idx"][rows[rank] :] == -1).all()
         assert (r.outputs["topk_weights"][rows[rank] :] == 0).all()
+
+
+def test_a_dispatch_that_waits_for_counts_starts_if_its_rows_fit() -> None:
+    case = Case(num_tokens=(37, 64, 5, 20))
+    world = world_of(4)
+    ranks = [make_rank(world, case, rank) for rank in range(4)]
+    allocate(world, case, ranks, [200] * 4)
+    world.sync()
+    layout(world, case, ranks)
+    notify(world, case, ranks)
+    assert dispatch(world, case, ranks, ticket=world.ticket, timeout_s=5.0) == ["in_place"] * 4
+    world.check()
+    rows = check_dispatch(case, ranks)
+    for fits in ({"least_rows": max(rows) + 1}, {}):
+        if not fits:
+            allocate(world, case, ranks, [min(rows) - 1] * 4)
+        notify(world, case, ranks)
+        assert dispatch(world, case, ranks, ticket=world.ticket, timeout_s=5.0, **fits) == [None] * 4
+    world.check()
 
 
 def test_too_small_a_capacity_is_reported_and_writes_nothing_beyond_it() -> None:

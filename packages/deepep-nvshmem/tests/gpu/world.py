@@ -1,22 +1,54 @@
 """Several ranks in one process, one GPU each (or all on one): what the kernels need and nothing of the backend around.
 
+Without GPUs (or with ``DEEPEP_EMULATED=1``) they are those of ``tests/emulator``: launches are kept until
+``World.sync`` or a wait for counts runs them.
+
 Symbols: ``N`` ranks, ``T`` tokens of a rank, ``K`` choices, ``H`` bytes of a row, ``E`` experts, ``S`` scales, ``R``
 rows received.
 """
 
 from __future__ import annotations
 
+import ctypes
+import functools
 import os
 import sys
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 
-if build := os.environ.get("DEEPEP_BUILD_DIR"):
-    sys.path.insert(0, build)
-    import _nvlink
-else:
-    from deepep_nvshmem import _nvlink
+sys.path.insert(0, str(Path(__file__).resolve().parents[4] / "tests/emulator"))
+import emulator
+
+EMULATED = os.environ.get("DEEPEP_EMULATED") == "1" or not torch.cuda.is_available()
+
+
+@functools.cache
+def _loaded() -> tuple[Any, Any]:
+    module: Any
+    if build := os.environ.get("DEEPEP_BUILD_DIR"):
+        sys.path.insert(0, build)
+        import _nvlink as module
+
+        return module, emulator.Emulator(module) if EMULATED else None
+    if EMULATED:
+        return emulator.load("_nvlink")
+    from deepep_nvshmem import _nvlink as module
+
+    return module, None
+
+
+def native() -> Any:
+    """The extension: of the build folder ``DEEPEP_BUILD_DIR``, of the emulator, or the installed one."""
+    return _loaded()[0]
+
+
+def machine() -> Any:
+    """The emulator."""
+    return _loaded()[1]
+
 
 DTYPE_BYTES = {torch.uint8: 1, torch.bfloat16: 2}
 
@@ -30,7 +62,7 @@ class Case:
     scales_layout: str = "row"  # row, column, sparse
     num_topk: int = 4
     num_experts: int = 16
-    routing: str = "random"  # random, to_rank_0, some_unused, none
+    routing: str = "random"  # random, to_rank_0, some_unused, none, repeated, bad
     index_bits: int = 64
     alignment: int = 1
     num_sms: int = 8
@@ -74,6 +106,11 @@ class RawMemory:
         }
 
 
+@dataclass(frozen=True)
+class EmulatedStream:
+    cuda_stream: int
+
+
 class World:
     """``N`` runtimes, whose arenas are ordinary tensors or symmetric memory exported and imported as file descriptors.
 
@@ -92,19 +129,18 @@ class World:
     ) -> None:
         self.num_ranks = num_ranks
         self.devices = devices or list(range(num_ranks))
-        for a in self.devices:
+        for a in self.devices if not EMULATED else ():
             for b in self.devices:
                 torch.ones(8, device=f"cuda:{a}").to(f"cuda:{b}")
         if symmetric:
-            self.keep: list = [_nvlink.Arena(device=d, num_reserved_bytes=arena_bytes) for d in self.devices]
+            self.keep: list = [native().Arena(device=d, num_reserved_bytes=arena_bytes) for d in self.devices]
             own = list(self.keep)
             for arena in own:  # two segments, to have a seam inside
                 arena.grow(arena_bytes // 2)
                 arena.grow(arena_bytes - arena.num_bytes)
             arena_bytes = own[0].num_bytes
             self.arenas = [
-                torch.as_tensor(RawMemory(arena.base, arena_bytes), device=f"cuda:{d}")
-                for arena, d in zip(own, self.devices, strict=True)
+                self._tensor_of(arena.base, arena_bytes, d) for arena, d in zip(own, self.devices, strict=True)
             ]
             pointers_of = [
                 [
@@ -114,13 +150,15 @@ class World:
                 for rank in range(num_ranks)
             ]
         else:
-            self.arenas = [torch.empty(arena_bytes, dtype=torch.uint8, device=f"cuda:{d}") for d in self.devices]
+            # torch aligns memory of the host to 64 bytes
+            whole = [torch.empty(arena_bytes + 256, dtype=torch.uint8, device=self._device(d)) for d in self.devices]
+            self.arenas = [w[-w.data_ptr() % 256 :][:arena_bytes] for w in whole]
             pointers_of = [[arena.data_ptr() for arena in self.arenas]] * num_ranks
-        self.window_bytes = _nvlink.Runtime.window_bytes(
+        self.window_bytes = native().Runtime.window_bytes(
             num_ranks=num_ranks, max_local_experts=512, num_staging_bytes=staging_bytes
         )
         self.runtimes = [
-            _nvlink.Runtime(
+            native().Runtime(
                 rank=r,
                 num_ranks=num_ranks,
                 device=self.devices[r],
@@ -133,13 +171,28 @@ class World:
         ]
         for runtime in self.runtimes:
             runtime.set_timeout_ns(int(timeout_s * 1e9))
-        self.streams = [torch.cuda.Stream(device=d) for d in self.devices]
+        self.streams: list[Any] = (
+            [EmulatedStream(1 + rank) for rank in range(num_ranks)]
+            if EMULATED
+            else [torch.cuda.Stream(device=d) for d in self.devices]
+        )
         self.used = [self.window_bytes] * num_ranks
         self.ticket = 0
+        self.poison = torch.full((64 << 20 if EMULATED else 0,), 0xFD, dtype=torch.uint8)
+        self.held: list[Any] = []  # what streams of the emulator refer to
         self.only: int | None = None  # launches of one rank alone, for capture
 
+    @staticmethod
+    def _device(device: int) -> torch.device:
+        return torch.device("cpu") if EMULATED else torch.device("cuda", device)
+
+    def _tensor_of(self, address: int, num_bytes: int, device: int) -> torch.Tensor:
+        if EMULATED:
+            return torch.frombuffer((ctypes.c_uint8 * num_bytes).from_address(address), dtype=torch.uint8)
+        return torch.as_tensor(RawMemory(address, num_bytes), device=self._device(device))
+
     def _map(self, arena, device: int) -> int:
-        peer = _nvlink.PeerArena(device=device, num_reserved_bytes=arena.num_bytes)
+        peer = native().PeerArena(device=device, num_reserved_bytes=arena.num_bytes)
         for segment in range(2):
             fd = arena.export_fd(segment)
             peer.map(fd, arena.segment_bytes(segment))
@@ -172,6 +225,10 @@ class World:
         return raw[:num_bytes].view(dtype).view(shape)
 
     def sync(self) -> None:
+        if EMULATED:
+            machine().run()
+            self.held.clear()
+            return
         for device in self.devices:
             torch.cuda.synchronize(device)
 
@@ -181,6 +238,11 @@ class World:
     def check(self) -> None:
         self.sync()
         assert not self.errors(), self.errors()
+
+
+def copy_behind(stream: EmulatedStream, to: torch.Tensor, source: torch.Tensor) -> None:
+    """On the emulator: behind what the stream holds. Both have to live until that has run."""
+    machine().copy_behind(stream.cuda_stream, to.data_ptr(), source.data_ptr(), source.nbytes)
 
 
 @dataclass
@@ -199,6 +261,7 @@ class Rank:
     send_head: torch.Tensor
     expert_counts: torch.Tensor
     outputs: dict[str, torch.Tensor] = field(default_factory=dict)
+    seen: dict[str, torch.Tensor] = field(default_factory=dict)  # by what follows dispatch in its stream (emulated)
 
 
 def random_rows(
@@ -227,6 +290,8 @@ def make_rank(world: World, case: Case, rank: int) -> Rank:
         idx = torch.where(torch.rand((t, k), device=device, generator=g) < 0.5, -1, idx)
     elif case.routing == "none":
         idx = torch.full_like(idx, -1)
+    elif case.routing == "repeated":
+        idx = torch.randint(-1, min(e, 6), (t, k), device=device, generator=g)
     elif case.routing == "bad":
         idx = torch.where(torch.rand((t, k), device=device, generator=g) < 0.2, e + 5, idx)
         idx = torch.where(torch.rand((t, k), device=device, generator=g) < 0.2, -7, idx)
@@ -308,8 +373,8 @@ def allocate(world: World, case: Case, ranks: list[Rank], capacities: list[int])
 
 
 def dispatch(
-    world: World, case: Case, ranks: list[Rank], *, cached: bool = False, fill: bool = False, **tuning: int
-) -> list[str]:
+    world: World, case: Case, ranks: list[Rank], *, cached: bool = False, fill: bool = False, **tuning: float
+) -> list[str | None]:
     how = []
     for runtime, stream, r in world.members(ranks):
         out = r.outputs
@@ -343,6 +408,12 @@ def dispatch(
                 **tuning,
             )
         )
+        r.seen = out
+        if EMULATED:
+            r.seen = {name: torch.empty_like(tensor) for name, tensor in out.items()}
+            world.held.append(r.seen)
+            for name, tensor in out.items():
+                copy_behind(stream, r.seen[name], tensor)
     return how
 
 
@@ -356,6 +427,8 @@ class Back:
     out: torch.Tensor
     out_weights: torch.Tensor
     relay: torch.Tensor | None
+    given_y: torch.Tensor  # on the emulator, y and weights are overwritten when combine has ended
+    given_weights: torch.Tensor
 
 
 def make_back(world: World, case: Case, rank: int, num_rows: int) -> Back:
@@ -375,6 +448,8 @@ def make_back(world: World, case: Case, rank: int, num_rows: int) -> Back:
         out=world.tensor(rank, (t, case.hidden_bytes // 2), torch.bfloat16, symmetric=False),
         out_weights=world.tensor(rank, (t, case.num_topk), torch.float32, symmetric=False),
         relay=world.tensor(rank, tuple(y.shape), torch.bfloat16, symmetric=True) if relays else None,
+        given_y=y.clone() if EMULATED else y,
+        given_weights=weights.clone() if EMULATED else weights,
     )
 
 
@@ -384,6 +459,10 @@ def combine(
     how = []
     for runtime, stream, r, b in world.members(ranks, backs):
         biases = [bias.data_ptr() for bias in b.biases] + [0, 0]
+        own = [(b.y, b.given_y), (b.weights, b.given_weights)]
+        if EMULATED:
+            for tensor, given in own:
+                copy_behind(stream, tensor, given)
         how.append(
             runtime.combine(
                 y=b.y.data_ptr(),
@@ -405,4 +484,7 @@ def combine(
                 **tuning,
             )
         )
+        if EMULATED:
+            for tensor in (b.y, b.weights, *([] if b.relay is None else [b.relay])):
+                copy_behind(stream, tensor, world.poison[: tensor.nbytes])
     return how
