@@ -65,6 +65,8 @@ def _translated(text: str) -> str:
     text = text.replace("__noinline__", "")
     # Whoever waits on the host for what a kernel publishes lets the kernels run meanwhile.
     text = text.replace("sched_yield()", "emulator::host_waits()")
+    # Real libraries of the same functions may be in the process.
+    text = text.replace("dlsym(RTLD_DEFAULT, name)", "emulator::own_symbol(name)")
     text = re.sub(
         r"extern __shared__ (?:__align__\(\d+\) )?([\w:]+) (\w+)\[\];",
         r"\1* const \2 = static_cast<\1*>(emulator::dynamic_shared());",
@@ -129,7 +131,7 @@ def build(name: str, folder: Path) -> Path:
         with ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
             objects = list(pool.map(compiled, files))
         linked = tree / library.name
-        subprocess.run([compiler, "-shared", "-o", str(linked), *objects, "-lpthread"], check=True)
+        subprocess.run([compiler, "-shared", "-o", str(linked), *objects, "-lpthread", "-ldl"], check=True)
         linked.replace(library)
     return library
 

@@ -28,6 +28,8 @@ void enqueue_work(void* stream, std::function<void()> work);
 const std::string& run();
 // For a host thread that waits for a kernel: as run(), but what went wrong is said by the next run().
 void host_waits();
+// A function that the extension itself exports by this name, or null.
+void* own_symbol(const char* name);
 
 // --- by the running thread ---
 // Before a value is used that others may change: a thread that sees what it has seen already is polling, and lets everybody else go first.

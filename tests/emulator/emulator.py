@@ -26,8 +26,7 @@ class Emulator:
 
     def __init__(self, module: ModuleType, *, seed: int = 1) -> None:
         assert module.__file__ is not None
-        # Visible in the whole process: a runtime finds NVSHMEM's host library by name.
-        self.library: Any = ctypes.CDLL(module.__file__, mode=ctypes.RTLD_GLOBAL)
+        self.library: Any = ctypes.CDLL(module.__file__)
         self.library.emulator_run.restype = ctypes.c_char_p
         self.library.emulator_seed.argtypes = [ctypes.c_uint64]
         self.library.emulator_copy_behind.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_size_t]
