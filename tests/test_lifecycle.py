@@ -24,6 +24,7 @@ from deep_ep.testing.conformance.errors import (
     Calls,
     Outcome,
     die_as,
+    in_time,
     meeting_of_all,
     outcome_of,
 )
@@ -112,14 +113,16 @@ def without_rank(context: RankContext, absent: int, what: str) -> Outcome | None
 @pytest.mark.parametrize("absent", [0, 2])
 @pytest.mark.parametrize("what", ["dispatch", "low_latency_dispatch", "clean"])
 def test_missing_rank_is_named_at_the_deadline(what, absent):
-    outcomes = run_ranks(without_rank, absent, what, num_ranks=3)
-    for rank, outcome in enumerate(outcomes):
-        if rank == absent:
-            continue
+    def run(attempt: int) -> dict[int, Outcome]:
+        outcomes = run_ranks(without_rank, absent, what, num_ranks=3, timeout_s=2 * HANG_S)
+        return {rank: outcome for rank, outcome in enumerate(outcomes) if rank != absent}
+
+    outcomes = in_time(2 * DEADLINE_S + 1, run, lambda outcomes: (outcome.seconds for outcome in outcomes.values()))
+    for rank, outcome in outcomes.items():
         assert outcome.error == "PeerTimeoutError", f"rank {rank}: {outcome}"
         assert outcome.ranks == (absent,), f"rank {rank}: {outcome}"
         assert f"rank {absent}" in outcome.text and what in outcome.text
-        assert DEADLINE_S <= outcome.seconds < HANG_S
+        assert outcome.seconds >= DEADLINE_S
 
 
 def killed_rank(context: RankContext, victim: int, folder: Path) -> list[Outcome]:
@@ -135,12 +138,17 @@ def killed_rank(context: RankContext, victim: int, folder: Path) -> list[Outcome
 
 @pytest.mark.parametrize("victim", [0, 2])
 def test_killed_rank_ends_calls_and_the_buffer_says_so_from_then_on(victim, tmp_path):
-    with pytest.raises(RankFailure) as caught:
-        run_ranks(killed_rank, victim, tmp_path, num_ranks=3, grace_s=2 * HANG_S)
-    assert list(caught.value.failures) == [victim], str(caught.value)
-    for rank, (first, second) in caught.value.results.items():
+    def run(attempt: int) -> dict[int, list[Outcome]]:
+        folder = tmp_path / str(attempt)
+        folder.mkdir()
+        with pytest.raises(RankFailure) as caught:
+            run_ranks(killed_rank, victim, folder, num_ranks=3, grace_s=2 * HANG_S)
+        assert list(caught.value.failures) == [victim], str(caught.value)
+        return caught.value.results
+
+    results = in_time(2 * DEADLINE_S + 1, run, lambda results: (first.seconds for first, _ in results.values()))
+    for rank, (first, second) in results.items():
         assert first.error in ("PeerLostError", "PeerTimeoutError"), f"rank {rank}: {first}"
-        assert first.seconds < HANG_S
         assert second.error == "BufferStateError", f"rank {rank}: {second}"
 
 

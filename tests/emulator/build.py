@@ -110,12 +110,14 @@ def build(name: str, folder: Path) -> Path:
     csrc, sources, more = EXTENSIONS[name]
     inputs = [*_sources(csrc), *_sources(SHARED), *_sources(HERE / "include"), *sorted(HERE.glob("*.[ch]pp"))]
     digest = hashlib.sha256(b"".join(p.read_bytes() for p in [*inputs, Path(__file__)]) + sys.version.encode())
-    library = folder / digest.hexdigest()[:16] / (name + sysconfig.get_config_var("EXT_SUFFIX"))
+    library = folder / name / digest.hexdigest()[:16] / (name + sysconfig.get_config_var("EXT_SUFFIX"))
     if library.exists():
         return library
-    library.parent.mkdir(parents=True, exist_ok=True)
+    for former in (folder / name).glob("*"):
+        shutil.rmtree(former, ignore_errors=True)
+    library.parent.mkdir(parents=True)
     compiler = os.environ.get("CXX", "g++")
-    with tempfile.TemporaryDirectory(dir=folder) as temporary:
+    with tempfile.TemporaryDirectory(dir=library.parent) as temporary:
         tree = Path(temporary)
         _lay_out(csrc, tree)
         includes = [f"-I{p}" for p in (tree / "include", tree / "csrc", HERE, sysconfig.get_path("include"))]

@@ -1,6 +1,4 @@
 // Fibers, and the order in which they run.
-#include "emulator.hpp"
-
 #include <dlfcn.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -155,7 +153,7 @@ void end_block(Block* block) {
             fault = " ends before its copies have read their source";
         copy->owner = nullptr;
     }
-    if (fault != nullptr && machine.failure.empty()) machine.failure = block->kernel->name + ", block " + std::to_string(block->index.x) + fault;
+    if (fault != nullptr) note(block->kernel->name + ", block " + std::to_string(block->index.x) + fault);
     drop_block(block);
     --block->kernel->num_resident;
     if (block->num_copies == 0) --block->kernel->num_alive;
@@ -167,22 +165,19 @@ bool start_streams() {
     for (auto& [stream, items] : machine.streams) {
         while (!items.empty()) {
             Item& item = items.front();
+            is_any = true;
             if (item.kernel == nullptr) {
                 item.work();
             } else if (item.kernel->blocks.empty()) {
                 start_kernel(item.kernel.get());
-                is_any = true;
                 break;
             } else if (item.kernel->num_alive > 0) {
-                is_any = true;
                 break;
-            }
-            if (item.kernel != nullptr) {
+            } else {
                 for (auto& block : item.kernel->blocks) settle_block(block.get());
                 settle_some();  // forgets the blocks, which go now
             }
             items.pop_front();
-            is_any = true;
         }
     }
     return is_any;
@@ -369,15 +364,12 @@ void* dynamic_shared() { return machine.current->block->dynamic.get(); }
 
 }  // namespace emulator
 
-
-extern "C" {
-__attribute__((visibility("default"))) const char* emulator_run() { return emulator::run().c_str(); }
-__attribute__((visibility("default"))) void emulator_seed(uint64_t seed) { emulator::machine.random.seed(seed); }
-__attribute__((visibility("default"))) void emulator_copy_behind(void* stream, void* to, const void* from, size_t num_bytes) {
+EXPORTED const char* emulator_run() { return emulator::run().c_str(); }
+EXPORTED void emulator_seed(uint64_t seed) { emulator::machine.random.seed(seed); }
+EXPORTED void emulator_copy_behind(void* stream, void* to, const void* from, size_t num_bytes) {
     emulator::enqueue_work(stream, [=] { std::memcpy(to, from, num_bytes); });
 }
 // How many blocks of a kernel may run at once, 0: all. They start in any order.
-__attribute__((visibility("default"))) void emulator_set_resident(int most) { emulator::machine.most_resident = most; }
+EXPORTED void emulator_set_resident(int most) { emulator::machine.most_resident = most; }
 // Whether some thread of the host (a software NIC) may change what kernels wait for: then time is not skipped.
-__attribute__((visibility("default"))) void emulator_set_alone(int is_alone) { emulator::machine.is_alone = is_alone != 0; }
-}
+EXPORTED void emulator_set_alone(int is_alone) { emulator::machine.is_alone = is_alone != 0; }

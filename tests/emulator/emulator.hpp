@@ -3,17 +3,19 @@
 //
 // What a kernel can do is kept to what CUDA promises: threads of a warp run apart until an operation joins them; whoever misses such an
 // operation is named instead of waited for. Stores through ptx:: that release nothing are seen late and out of order, so that a missing fence can
-// show; ordinary stores are seen at once, and loads are never early. Asynchronous copies happen late, so that a missing wait shows. Time passes
-// only while nobody gets on.
+// show; ordinary stores are seen at once, and loads are never early. Asynchronous copies happen late, so that a missing wait shows. Time jumps when
+// nobody gets on, and hardly passes before.
 #include <cstddef>
 #include <cstdint>
 #include <functional>
 #include <string>
 
+#define EXPORTED extern "C" __attribute__((visibility("default")))
+
 namespace emulator {
 
 struct Index3 {
-    unsigned x = 1, y = 1, z = 1;
+    unsigned x, y, z;
     constexpr Index3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 

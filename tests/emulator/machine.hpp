@@ -14,9 +14,9 @@
 namespace emulator {
 
 constexpr size_t kStackBytes = 64 << 10;
-constexpr int kNumRemembered = 64;  // loads that a thread remembers to notice that it polls
-constexpr uint64_t kRoundNs = 1000;           // a round in which somebody got on
-constexpr uint64_t kQuietRoundNs = 2'000'000;   // a round after many in which nobody did: only time can help
+constexpr int kNumRemembered = 64;             // loads that a thread remembers to notice that it polls
+constexpr uint64_t kRoundNs = 1000;            // a round in which somebody got on
+constexpr uint64_t kQuietRoundNs = 2'000'000;  // a round after many in which nobody did: only time can help
 constexpr int kQuietRounds = 300;              // more than a wait polls between two looks at the clock
 constexpr int kHopelessRounds = 200'000;       // whoever still waits has no deadline
 constexpr int kTurnsOfRound = 2048;            // of warps: some spin without saying so, and those who poll have to look again
@@ -46,7 +46,6 @@ struct Copy {
 };
 
 struct CopyGroups {
-    int num_open = 0;      // copies of the group that is not committed yet
     int next_group = 0;
     std::map<int, int> unread, unwritten;  // by group, those with any; the open one too
 };
@@ -75,7 +74,7 @@ struct Fiber {
 struct Barrier {
     int num_arrived = 0;
     int num_threads = 0;
-    bool any = false, last_any = false;
+    bool any = false;
     std::vector<Fiber*> waiting;
 };
 
@@ -159,9 +158,9 @@ struct Machine {
 extern Machine machine;
 
 // --- threads (emulator.cpp) ---
-void list_ready(Fiber* fiber);        // it goes on some time
-void to_scheduler();                  // the running thread stops, as its state says
-void block_at(const char* where);     // until somebody lists it
+void list_ready(Fiber* fiber);     // it goes on some time
+void to_scheduler();               // the running thread stops, as its state says
+void block_at(const char* where);  // until somebody lists it
 
 // --- warp operations and barriers (operations.cpp) ---
 void finish_warp_op(Block* block, int warp, const Fiber& first);  // if all lanes that `first` waits for have come

@@ -7,18 +7,20 @@
 
 namespace emulator {
 
+// Always longer than what was asked for.
+size_t rounded_up(size_t num_bytes) { return (num_bytes + 1024) / 1024 * 1024; }
+
 // Shared memory begins with anything.
 Memory allocate_poisoned(size_t num_bytes) {
-    const size_t rounded = (num_bytes + 1024) / 1024 * 1024;
+    const size_t rounded = rounded_up(num_bytes);
     Memory memory(static_cast<uint8_t*>(std::aligned_alloc(1024, rounded)));
     std::memset(memory.get(), kPoison, rounded);
     return memory;
 }
 
-// What was asked for ends before the memory does.
 bool is_overrun(const Memory& memory, size_t num_bytes) {
     const uint8_t* const begin = memory.get();
-    return std::any_of(begin + num_bytes, begin + (num_bytes + 1024) / 1024 * 1024, [](uint8_t byte) { return byte != kPoison; });
+    return std::any_of(begin + num_bytes, begin + rounded_up(num_bytes), [](uint8_t byte) { return byte != kPoison; });
 }
 
 void forget_one(std::map<int, int>& counts, int group) {

@@ -123,8 +123,6 @@ void put_later(void* to, const void* from, size_t num_bytes, uint64_t* word, uin
 
 }  // namespace emulator
 
-#define EXPORTED extern "C" __attribute__((visibility("default")))
-
 // The heap of PE 0; that of PE r lies r strides further.
 EXPORTED void* emulator_open_heaps(int num_pes, size_t num_bytes, size_t* stride) {
     constexpr size_t kPage = 4096;

@@ -2,6 +2,7 @@
 #include <algorithm>
 #include <cstring>
 #include <sstream>
+#include <utility>
 
 #include "machine.hpp"
 
@@ -51,7 +52,7 @@ void finish_warp_op(Block* block, int warp, const Fiber& first) {
                 std::ostringstream text;
                 text << block->kernel->name << ", block " << block->index.x << ", thread " << fiber->thread << ": a shuffle reads lane " << fiber->source
                      << ", which takes no part (mask " << std::hex << mask << ")";
-                if (machine.failure.empty()) machine.failure = text.str();
+                note(text.str());
                 fiber->answer = 0xdeadbeefdeadbeefull;
             } else {
                 fiber->answer = source->value;
@@ -75,14 +76,13 @@ void finish_warp_op(Block* block, int warp, const Fiber& first) {
 void finish_barrier(Block* block, Barrier& barrier) {
     const int wanted = barrier.num_threads != 0 ? barrier.num_threads : block->num_alive;
     if (barrier.num_arrived < wanted || barrier.num_arrived == 0) return;
-    barrier.last_any = barrier.any;
-    barrier.any = false;
+    const bool any = std::exchange(barrier.any, false);
     barrier.num_arrived = 0;
     std::vector<Fiber*> waiting;
     waiting.swap(barrier.waiting);
     for (Fiber* fiber : waiting) {
         fiber->barrier = -1;
-        fiber->answer = barrier.last_any;
+        fiber->answer = any;
         if (fiber != machine.current) list_ready(fiber);
     }
 }
@@ -136,7 +136,7 @@ bool barrier(int number, int num_threads, bool waits, bool value) {
     }
     finish_barrier(fiber->block, barrier);
     if (waits && fiber->barrier >= 0) block_at("barrier");
-    return fiber->answer != 0;
+    return waits && fiber->answer != 0;
 }
 
 void mbarrier_init(uint64_t* address, int num_arrivals) {

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.util
+import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-_SPEC = importlib.util.spec_from_file_location("emulator", Path(__file__).with_name("emulator.py"))
-assert _SPEC is not None and _SPEC.loader is not None
-emulator: Any = importlib.util.module_from_spec(_SPEC)
-_SPEC.loader.exec_module(emulator)
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+import emulator
 
 if obstacle := emulator.obstacle():
     pytest.skip(obstacle, allow_module_level=True)
@@ -21,13 +17,8 @@ NUM_WORDS = 64
 SEEDS = range(30)
 
 
-@functools.cache
-def loaded() -> Any:
-    return emulator.load("_faults")
-
-
 def run(case: str, seed: int = 1) -> list[int]:
-    faults, machine = loaded()
+    faults, machine = emulator.load("_faults")
     faults.launch(case)
     machine.seed(seed)
     machine.run()

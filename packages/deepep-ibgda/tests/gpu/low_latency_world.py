@@ -1,4 +1,4 @@
-"""Several ranks in one process, one GPU each (or all on one): what the kernels need and nothing of the backend around.
+"""Several ranks in one process, each on a GPU (or sharing them): what kernels need and nothing of the backend around.
 
 Without GPUs (or with ``DEEPEP_EMULATED=1``) they are those of ``tests/emulator``: launches are kept until
 ``World.sync`` runs them.
@@ -9,7 +9,6 @@ experts, ``L = E / N`` experts of a rank, ``M = N X`` rows of a local expert.
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
 from collections.abc import Sequence
@@ -22,40 +21,22 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[4] / "tests/emulator"))
 import emulator
 
-EMULATED = os.environ.get("DEEPEP_EMULATED") == "1" or not torch.cuda.is_available()
+EMULATED = emulator.is_chosen()
 SEND, RECEIVE = 1, 2
 BOTH = SEND + RECEIVE
 
 
-@functools.cache
-def _loaded() -> tuple[Any, Any]:
-    module: Any
-    if build := os.environ.get("DEEPEP_BUILD_DIR"):
-        sys.path.insert(0, build)
-        import _ibgda as module
-
-        machine = emulator.Emulator(module) if EMULATED else None
-    elif EMULATED:
-        module, machine = emulator.load("_ibgda")
-    else:
-        from deepep_ibgda import _ibgda as module
-
-        machine = None
-    assert (module.SEND, module.RECEIVE) == (SEND, RECEIVE)
-    return module, machine
-
-
 def native() -> Any:
-    """The extension: of the build folder ``DEEPEP_BUILD_DIR``, of the emulator, or the installed one."""
-    return _loaded()[0]
+    """The extension."""
+    return emulator.extension("_ibgda", "deepep_ibgda")[0]
 
 
 def machine() -> Any:
-    """The emulator."""
-    return _loaded()[1]
+    """Its emulator."""
+    return emulator.extension("_ibgda", "deepep_ibgda")[1]
 
 
-ONE_GPU = os.environ.get("DEEPEP_TEST_ONE_GPU") == "1"
+SHARED_GPUS = os.environ.get("DEEPEP_TEST_SHARED_GPUS") == "1"
 CASTS = ("bf16", "fp8", "fp8_round", "ue8m0")
 
 
@@ -112,11 +93,6 @@ class Case:
         return replace(self, seed=self.seed + 1)
 
 
-@dataclass(frozen=True)
-class EmulatedStream:
-    cuda_stream: int
-
-
 class World:
     """``N`` runtimes in ordinary tensors; peer access comes from torch's first copy between two devices."""
 
@@ -130,9 +106,10 @@ class World:
         timeout_s: float = 5.0,
         ranks_per_node: int = 0,  # ranks of different nodes reach each other through the software NIC; 0: one node
     ) -> None:
+        assert (native().SEND, native().RECEIVE) == (SEND, RECEIVE)
         self.num_ranks = num_ranks
         self.ll_reduce = ll_reduce
-        self.devices = [0 if ONE_GPU else rank for rank in range(num_ranks)]
+        self.devices = [rank % torch.cuda.device_count() if SHARED_GPUS else rank for rank in range(num_ranks)]
         for a in set(self.devices if not EMULATED else ()):
             for b in set(self.devices):
                 torch.ones(8, device=f"cuda:{a}").to(f"cuda:{b}")
@@ -170,9 +147,9 @@ class World:
             for rank in range(num_ranks)
         ]
         for runtime in self.runtimes:
-            runtime.set_timeout_ns(int((60.0 if ONE_GPU else timeout_s) * 1e9))
+            runtime.set_timeout_ns(int((60.0 if SHARED_GPUS else timeout_s) * 1e9))
         self.streams: list[Any] = (
-            [EmulatedStream(1 + rank) for rank in range(num_ranks)]
+            [emulator.Stream(1 + rank) for rank in range(num_ranks)]
             if EMULATED
             else [torch.cuda.Stream(device=d) for d in self.devices]
         )

@@ -9,9 +9,6 @@ Symbols: ``N`` ranks, ``D`` nodes, ``P`` ranks of a node, ``T`` tokens of a rank
 
 from __future__ import annotations
 
-import ctypes
-import functools
-import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -24,30 +21,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[4] / "tests/emulator"))
 import emulator
 
 
-@functools.cache
-def _loaded() -> tuple[Any, Any]:
-    module: Any
-    if build := os.environ.get("DEEPEP_BUILD_DIR"):
-        sys.path.insert(0, build)
-        import _nvshmem as module
-
-        machine = emulator.Emulator(module)
-    else:
-        module, machine = emulator.load("_nvshmem")
-    machine.library.emulator_open_heaps.restype = ctypes.c_void_p
-    machine.library.emulator_open_heaps.argtypes = (ctypes.c_int, ctypes.c_size_t, ctypes.POINTER(ctypes.c_size_t))
-    machine.library.emulator_close_heaps.argtypes = (ctypes.c_void_p,)
-    return module, machine
-
-
 def native() -> Any:
-    """The extension, of the build folder ``DEEPEP_BUILD_DIR`` if it is set."""
-    return _loaded()[0]
+    """The extension."""
+    return emulator.extension("_nvshmem", "deepep_nvshmem")[0]
 
 
 def machine() -> Any:
-    """The emulator."""
-    return _loaded()[1]
+    """Its emulator."""
+    return emulator.extension("_nvshmem", "deepep_nvshmem")[1]
 
 
 LEAST_RING_BYTES = 4096
@@ -132,10 +113,7 @@ class World:
             "max_local_experts": max_local_experts,
             "num_ring_bytes": ring_bytes,
         }
-        stride = ctypes.c_size_t()
-        self._heaps = machine().library.emulator_open_heaps(
-            num_ranks, native().Runtime.network_bytes(**sizes), ctypes.byref(stride)
-        )
+        self._heaps, stride = machine().open_heaps(num_ranks, native().Runtime.network_bytes(**sizes))
         storage = [torch.empty(arena_bytes + 256, dtype=torch.uint8) for _ in range(num_ranks)]
         self.arenas = [memory[-memory.data_ptr() % 256 :][:arena_bytes] for memory in storage]
         pointers = [arena.data_ptr() for arena in self.arenas]
@@ -145,7 +123,7 @@ class World:
                 device=0,
                 arena_ptrs=pointers[rank // ranks_per_node * ranks_per_node :][:ranks_per_node],
                 num_arena_bytes=arena_bytes,
-                network_ptr=self._heaps + rank * stride.value,
+                network_ptr=self._heaps + rank * stride,
                 num_chunk_bytes=chunk_bytes,
                 **sizes,
             )
@@ -189,7 +167,7 @@ class World:
     def close(self) -> None:
         for runtime in self.runtimes:
             runtime.close()
-        machine().library.emulator_close_heaps(self._heaps)
+        machine().close_heaps(self._heaps)
 
 
 def poisoned(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

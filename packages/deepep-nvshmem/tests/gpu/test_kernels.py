@@ -1,7 +1,7 @@
 """The kernels against plain tensor arithmetic, on as many GPUs as a case has ranks.
 
-With DEEPEP_TEST_ONE_GPU=1 all ranks share one GPU, side by side on streams of their own; with DEEPEP_EMULATED=1 there
-is no GPU at all (tests/emulator), as on a machine without any.
+With DEEPEP_TEST_SHARED_GPUS=1 ranks may share a GPU, side by side on streams of their own; with DEEPEP_EMULATED=1
+there is no GPU at all (tests/emulator), as on a machine without any.
 """
 
 from __future__ import annotations
@@ -32,20 +32,19 @@ from world import (  # noqa: E402
     notify,
 )
 
-if EMULATED and (obstacle := emulator.obstacle()):
-    pytest.skip(f"needs CUDA GPUs, none is visible; and {obstacle}", allow_module_level=True)
+if obstacle := emulator.obstacle_to("_nvlink", "deepep_nvshmem"):
+    pytest.skip(obstacle, allow_module_level=True)
 _worlds: dict[tuple[int, int, bool], World] = {}
-ONE_GPU = bool(os.environ.get("DEEPEP_TEST_ONE_GPU"))
+SHARED_GPUS = os.environ.get("DEEPEP_TEST_SHARED_GPUS") == "1"
 
 
 def world_of(num_ranks: int, staging_bytes: int = 64 << 20, symmetric: bool = False) -> World:
-    if torch.cuda.device_count() < num_ranks and not ONE_GPU and not EMULATED:
-        pytest.skip(
-            f"needs {num_ranks} GPUs, found {torch.cuda.device_count()}; DEEPEP_TEST_ONE_GPU=1 puts all ranks on one"
-        )
+    num_gpus = torch.cuda.device_count()
+    if num_gpus < num_ranks and not SHARED_GPUS and not EMULATED:
+        pytest.skip(f"needs {num_ranks} GPUs, found {num_gpus}; with DEEPEP_TEST_SHARED_GPUS=1 ranks share them")
     key = (num_ranks, staging_bytes, symmetric)
     if key not in _worlds:
-        devices = [0] * num_ranks if ONE_GPU else None
+        devices = [rank % num_gpus for rank in range(num_ranks)] if SHARED_GPUS else None
         arena_bytes = 512 << 20 if EMULATED else 3 << 30
         _worlds[key] = World(num_ranks, arena_bytes, staging_bytes=staging_bytes, symmetric=symmetric, devices=devices)
     _worlds[key].release()

@@ -1,4 +1,4 @@
-"""Several ranks in one process, one GPU each (or all on one): what the kernels need and nothing of the backend around.
+"""Several ranks in one process, each on a GPU (or sharing them): what kernels need and nothing of the backend around.
 
 Without GPUs (or with ``DEEPEP_EMULATED=1``) they are those of ``tests/emulator``: launches are kept until
 ``World.sync`` or a wait for counts runs them.
@@ -10,7 +10,6 @@ rows received.
 from __future__ import annotations
 
 import ctypes
-import functools
 import os
 import sys
 from dataclasses import dataclass, field
@@ -22,32 +21,17 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[4] / "tests/emulator"))
 import emulator
 
-EMULATED = os.environ.get("DEEPEP_EMULATED") == "1" or not torch.cuda.is_available()
-
-
-@functools.cache
-def _loaded() -> tuple[Any, Any]:
-    module: Any
-    if build := os.environ.get("DEEPEP_BUILD_DIR"):
-        sys.path.insert(0, build)
-        import _nvlink as module
-
-        return module, emulator.Emulator(module) if EMULATED else None
-    if EMULATED:
-        return emulator.load("_nvlink")
-    from deepep_nvshmem import _nvlink as module
-
-    return module, None
+EMULATED = emulator.is_chosen()
 
 
 def native() -> Any:
-    """The extension: of the build folder ``DEEPEP_BUILD_DIR``, of the emulator, or the installed one."""
-    return _loaded()[0]
+    """The extension."""
+    return emulator.extension("_nvlink", "deepep_nvshmem")[0]
 
 
 def machine() -> Any:
-    """The emulator."""
-    return _loaded()[1]
+    """Its emulator."""
+    return emulator.extension("_nvlink", "deepep_nvshmem")[1]
 
 
 DTYPE_BYTES = {torch.uint8: 1, torch.bfloat16: 2}
@@ -104,11 +88,6 @@ class RawMemory:
             "data": (address, False),
             "version": 3,
         }
-
-
-@dataclass(frozen=True)
-class EmulatedStream:
-    cuda_stream: int
 
 
 class World:
@@ -172,7 +151,7 @@ class World:
         for runtime in self.runtimes:
             runtime.set_timeout_ns(int(timeout_s * 1e9))
         self.streams: list[Any] = (
-            [EmulatedStream(1 + rank) for rank in range(num_ranks)]
+            [emulator.Stream(1 + rank) for rank in range(num_ranks)]
             if EMULATED
             else [torch.cuda.Stream(device=d) for d in self.devices]
         )
@@ -240,7 +219,7 @@ class World:
         assert not self.errors(), self.errors()
 
 
-def copy_behind(stream: EmulatedStream, to: torch.Tensor, source: torch.Tensor) -> None:
+def copy_behind(stream: emulator.Stream, to: torch.Tensor, source: torch.Tensor) -> None:
     """On the emulator: behind what the stream holds. Both have to live until that has run."""
     machine().copy_behind(stream.cuda_stream, to.data_ptr(), source.data_ptr(), source.nbytes)
 

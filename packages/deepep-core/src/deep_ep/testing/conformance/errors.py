@@ -6,10 +6,10 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -34,9 +34,12 @@ from ..routing import Routing
 from .base import Conformance, Run, Setup, at_least, environment_of
 from .lifecycle import modes_round_trip
 
-# The deadline of buffers on which a call is meant to run into it. How late a busy machine ends that call has no bound;
-# HANG_S is what only a wait for something else takes: for the default deadline, or for ever.
+T = TypeVar("T")
+
+# The deadline of buffers on which a call is meant to run into it, and the time in which that call has to end.
 DEADLINE_S = 3.0
+IN_TIME_S = 3 * DEADLINE_S
+# The limit of a run of such calls: more than a busy machine takes, less than the default deadline leads to.
 HANG_S = 60.0
 # The deadline of all other buffers. No run may last as long, so a call that waits for it is found by the run's limit.
 NEVER_S = 600.0
@@ -67,6 +70,26 @@ def meeting_of_all() -> Callable[[], None]:
         dist.barrier(group=group)
 
     return meet
+
+
+def in_time(limit_s: float, run: Callable[[int], T], seconds_of: Callable[[T], Iterable[float]]) -> T:
+    """What a run returns whose calls all ended within the limit. A busy machine gets three tries.
+
+    Args:
+        limit_s: seconds that a call may take.
+        run: is given the number of the try.
+        seconds_of: what the calls of the run took.
+
+    Raises:
+        AssertionError: calls took longer every time.
+    """
+    longest = []
+    for attempt in range(3):
+        result = run(attempt)
+        longest.append(max(seconds_of(result)))
+        if longest[-1] < limit_s:
+            return result
+    raise AssertionError(f"calls took up to {longest} s in {len(longest)} tries, more than {limit_s} s each time")
 
 
 def die_as(victim: int, context: RankContext, folder: Path) -> None:
@@ -330,11 +353,15 @@ class ErrorConformance(Conformance):
         if mode not in self.modes:
             pytest.skip(f"backend {self.backend!r} does not serve {mode} mode")
         absent = num_ranks - 1
-        results = self.alone(call_without_a_rank, setup, self.case(num_ranks), mode, absent, num_ranks=num_ranks)
-        for rank, outcomes in enumerate(results[:absent]):
-            first, second = outcomes
+
+        def run(attempt: int) -> list[list[Outcome]]:
+            case = self.case(num_ranks)
+            return self.alone(call_without_a_rank, setup, case, mode, absent, num_ranks=num_ranks)[:absent]
+
+        results = in_time(IN_TIME_S, run, lambda results: (first.seconds for first, _ in results))
+        for rank, (first, second) in enumerate(results):
             assert first.error == PeerTimeoutError.__name__, f"rank {rank}: {first}"
-            assert 0.8 * DEADLINE_S < first.seconds < HANG_S, f"rank {rank} waited {first.seconds:.1f} s"
+            assert first.seconds > 0.8 * DEADLINE_S, f"rank {rank} waited only {first.seconds:.1f} s"
             assert second.error == BufferStateError.__name__, f"rank {rank}, the call after a time-out: {second}"
 
     @at_least(2)
@@ -352,13 +379,19 @@ class ErrorConformance(Conformance):
         if mode not in self.modes:
             pytest.skip(f"backend {self.backend!r} does not serve {mode} mode")
         victim = num_ranks - 1
-        with pytest.raises(RankFailure) as caught:
-            case = self.case(num_ranks)
-            self.alone(call_with_a_killed_rank, setup, case, mode, victim, tmp_path, num_ranks=num_ranks)
-        assert set(caught.value.failures) == {victim}, str(caught.value)
-        for rank, outcome in caught.value.results.items():
+
+        def run(attempt: int) -> dict[int, Outcome]:
+            folder = tmp_path / str(attempt)
+            folder.mkdir()
+            with pytest.raises(RankFailure) as caught:
+                case = self.case(num_ranks)
+                self.alone(call_with_a_killed_rank, setup, case, mode, victim, folder, num_ranks=num_ranks)
+            assert set(caught.value.failures) == {victim}, str(caught.value)
+            return caught.value.results
+
+        results = in_time(IN_TIME_S, run, lambda results: (outcome.seconds for outcome in results.values()))
+        for rank, outcome in results.items():
             assert outcome.error in ("PeerLostError", "PeerTimeoutError"), f"rank {rank}: {outcome}"
-            assert outcome.seconds < HANG_S
 
     @at_least(2)
     @pytest.mark.parametrize("mode", ["normal", "low_latency"])
@@ -372,11 +405,13 @@ class ErrorConformance(Conformance):
 __all__ = [
     "DEADLINE_S",
     "HANG_S",
+    "IN_TIME_S",
     "NEVER_S",
     "Calls",
     "ErrorConformance",
     "Outcome",
     "die_as",
+    "in_time",
     "meeting_of_all",
     "outcome_of",
 ]

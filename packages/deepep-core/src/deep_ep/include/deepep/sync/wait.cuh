@@ -43,8 +43,7 @@ __device__ __forceinline__ bool has_failed(const WaitContext& context) {
 }
 
 // A wait younger than this never looks at the host's page. The page lies across PCIe, and loads of it hold up all others of the SM: with hundreds
-// of warps that look at it every 200 us, combine among four nodes of one H200 took 3.9 ms
-// instead of 0.9 (benchmarks/results/2026-11-21-h200-x4).
+// of warps that look at it every 200 us, combine among four nodes of one H200 each took 3.9 ms instead of 0.9 (benchmarks/results/2026-11-21-h200-x4).
 constexpr uint64_t kPatienceNs = 2'000'000;
 
 // The slow side of a wait, entered every few hundred polls.
