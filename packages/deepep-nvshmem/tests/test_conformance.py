@@ -63,6 +63,30 @@ class TestNormalModeOnFourNodesOfOne(NormalModeConformance):
     ranks_per_node = 1
 
 
+@pytest.mark.gpu(2)
+class TestNormalModeOnTwoNodesOfOne(NormalModeConformance):
+    backend = "nvshmem"
+    device = "cuda"
+    rank_counts = (2,)
+    ranks_per_node = 1
+
+
+@pytest.mark.gpu(2)
+class TestErrorsOnTwoNodesOfOne(ErrorConformance):
+    backend = "nvshmem"
+    device = "cuda"
+    rank_counts = (2,)
+    ranks_per_node = 1
+
+
+@pytest.mark.gpu(2)
+class TestLifecycleOnTwoNodesOfOne(LifecycleConformance):
+    backend = "nvshmem"
+    device = "cuda"
+    rank_counts = (2,)
+    ranks_per_node = 1
+
+
 @pytest.mark.gpu(4)
 class TestErrorsAcrossNodes(ErrorConformance):
     backend = "nvshmem"

@@ -1,7 +1,7 @@
 """The backend ``nvshmem`` on real GPUs of one host, cut into virtual nodes: between them rows go through NVSHMEM only.
 
-Two nodes of two GPUs, and four of one. The reference backend runs beside the backend under test on the same group;
-everything must agree bit for bit.
+Two nodes of two GPUs, four of one, and two of one. The reference backend runs beside the backend under test on the
+same group; everything must agree bit for bit.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import time
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -19,10 +19,30 @@ from normal_on_gpus import buffer_of, generated_shapes, graph_replay, layout_of,
 from deep_ep import BackendUnavailableError, Buffer, BufferStateError, DeepEPError, PeerError, registry
 from deep_ep.launch import RankContext, RankFailure, run_ranks
 
-NUM_RANKS = 4
 DEADLINE_S = 2.0
-pytestmark = [pytest.mark.gpu(NUM_RANKS), pytest.mark.usefixtures("nvshmem")]
-TOPOLOGIES = pytest.mark.parametrize("ranks_per_node", [2, 1], ids=["2-nodes-of-2", "4-nodes-of-1"])
+pytestmark = pytest.mark.usefixtures("nvshmem")
+
+
+class Topology(NamedTuple):
+    num_nodes: int
+    ranks_per_node: int
+
+    @property
+    def num_ranks(self) -> int:
+        return self.num_nodes * self.ranks_per_node
+
+    @property
+    def seed(self) -> int:
+        return 1000 * self.num_ranks + self.ranks_per_node
+
+
+TOPOLOGIES = pytest.mark.parametrize(
+    "topology",
+    [
+        pytest.param(topology, id="{}-nodes-of-{}".format(*topology), marks=pytest.mark.gpu(topology.num_ranks))
+        for topology in (Topology(2, 2), Topology(4, 1), Topology(2, 1))
+    ],
+)
 
 
 @pytest.fixture
@@ -34,31 +54,29 @@ def nvshmem() -> None:
 
 
 def run(
-    rank_pools: Any, function: Any, *args: Any, ranks_per_node: int, timeout_s: float = 300, **more: str
+    rank_pools: Any, function: Any, *args: Any, topology: Topology, timeout_s: float = 300, **more: str
 ) -> list[Any]:
-    environment = {"DEEPEP_RANKS_PER_NODE": str(ranks_per_node), **more}
-    pool = rank_pools.get("cuda", num_ranks=NUM_RANKS)
-    return pool.run(function, *args, num_ranks=NUM_RANKS, timeout_s=timeout_s, environment=environment)
+    environment = {"DEEPEP_RANKS_PER_NODE": str(topology.ranks_per_node), **more}
+    pool = rank_pools.get("cuda", num_ranks=topology.num_ranks)
+    return pool.run(function, *args, num_ranks=topology.num_ranks, timeout_s=timeout_s, environment=environment)
 
 
 # --- against the reference ------------------------------------------------------------------------------------------
 
 
 @TOPOLOGIES
-def test_generated_shapes_equal_the_reference(rank_pools: Any, ranks_per_node: int) -> None:
-    arguments = ("nvshmem", 20_000 * ranks_per_node, 200)
-    counts = run(rank_pools, generated_shapes, *arguments, ranks_per_node=ranks_per_node)[0]
+def test_generated_shapes_equal_the_reference(rank_pools: Any, topology: Topology) -> None:
+    arguments = ("nvshmem", 20 * topology.seed, 200)
+    counts = run(rank_pools, generated_shapes, *arguments, topology=topology)[0]
     assert counts["cases"] == 200 and counts["empty"] >= 20
     assert min(counts[kind] for kind in ("skewed", "one rank", "fp8", "pulled in place", "elsewhere")) >= 25
 
 
 @TOPOLOGIES
-def test_generated_shapes_through_the_smallest_window(rank_pools: Any, ranks_per_node: int) -> None:
+def test_generated_shapes_through_the_smallest_window(rank_pools: Any, topology: Topology) -> None:
     """Two slots of the largest row that comes up: every stream waits for credits again and again."""
-    arguments = ("nvshmem", 30_000 * ranks_per_node, 40)
-    counts = run(
-        rank_pools, generated_shapes, *arguments, ranks_per_node=ranks_per_node, DEEPEP_NVSHMEM_WINDOW_MB="0.02"
-    )[0]
+    arguments = ("nvshmem", 30 * topology.seed, 40)
+    counts = run(rank_pools, generated_shapes, *arguments, topology=topology, DEEPEP_NVSHMEM_WINDOW_MB="0.02")[0]
     assert counts["cases"] == 40
 
 
@@ -66,22 +84,22 @@ def test_generated_shapes_through_the_smallest_window(rank_pools: Any, ranks_per
 
 
 @TOPOLOGIES
-def test_ten_thousand_iterations_give_one_hash(rank_pools: Any, ranks_per_node: int) -> None:
-    results = run(rank_pools, soak, "nvshmem", 10_000, ranks_per_node=ranks_per_node, timeout_s=400)
-    assert [different for different, _ in results] == [1] * NUM_RANKS
+def test_ten_thousand_iterations_give_one_hash(rank_pools: Any, topology: Topology) -> None:
+    results = run(rank_pools, soak, "nvshmem", 10_000, topology=topology, timeout_s=400)
+    assert [different for different, _ in results] == [1] * topology.num_ranks
     assert all(first != 0 for _, first in results)
 
 
 @TOPOLOGIES
-def test_graph_replays_follow_their_inputs(rank_pools: Any, ranks_per_node: int) -> None:
-    results = run(rank_pools, graph_replay, "nvshmem", 500, ranks_per_node, ranks_per_node=ranks_per_node)
-    assert results == [0] * NUM_RANKS
+def test_graph_replays_follow_their_inputs(rank_pools: Any, topology: Topology) -> None:
+    results = run(rank_pools, graph_replay, "nvshmem", 500, topology.ranks_per_node, topology=topology)
+    assert results == [0] * topology.num_ranks
 
 
 @TOPOLOGIES
-def test_build_and_destroy_leaves_no_device_memory_behind(rank_pools: Any, ranks_per_node: int) -> None:
+def test_build_and_destroy_leaves_no_device_memory_behind(rank_pools: Any, topology: Topology) -> None:
     """NVSHMEM keeps its memory for the next buffer, so that there is no more of it from the second round on."""
-    for free in run(rank_pools, many_buffers, "nvshmem", 12, ranks_per_node=ranks_per_node):
+    for free in run(rank_pools, many_buffers, "nvshmem", 12, topology=topology):
         assert max(free[2:]) - min(free[2:]) <= 4 << 20, free
 
 
@@ -98,8 +116,8 @@ def push_limit(context: RankContext) -> float | None:
 
 
 @TOPOLOGIES
-def test_virtual_nodes_know_what_the_links_between_them_carry(rank_pools: Any, ranks_per_node: int) -> None:
-    limits = run(rank_pools, push_limit, ranks_per_node=ranks_per_node)
+def test_virtual_nodes_know_what_the_links_between_them_carry(rank_pools: Any, topology: Topology) -> None:
+    limits = run(rank_pools, push_limit, topology=topology)
     assert len(set(limits)) == 1 and limits[0] > 10
 
 
@@ -107,9 +125,9 @@ def test_virtual_nodes_know_what_the_links_between_them_carry(rank_pools: Any, r
 
 
 @TOPOLOGIES
-def test_missing_caller_ends_in_named_errors_and_reset_heals(rank_pools: Any, ranks_per_node: int) -> None:
-    absent = NUM_RANKS - 1
-    results = run(rank_pools, missing_caller, "nvshmem", absent, ranks_per_node=ranks_per_node, timeout_s=60)
+def test_missing_caller_ends_in_named_errors_and_reset_heals(rank_pools: Any, topology: Topology) -> None:
+    absent = topology.num_ranks - 1
+    results = run(rank_pools, missing_caller, "nvshmem", absent, topology=topology, timeout_s=60)
     for rank, (kind, ranks, elapsed, works) in enumerate(results):
         assert works
         if rank != absent:
@@ -154,12 +172,12 @@ def lost_peer(context: RankContext, lost: int, how: str) -> tuple[list[str], flo
 
 @TOPOLOGIES
 @pytest.mark.parametrize("how", ["late", "too late", "killed"])
-def test_lost_peer_ends_in_named_errors(ranks_per_node: int, how: str) -> None:
-    lost = NUM_RANKS - 1
-    environment = {"DEEPEP_RANKS_PER_NODE": str(ranks_per_node)}
+def test_lost_peer_ends_in_named_errors(topology: Topology, how: str) -> None:
+    lost = topology.num_ranks - 1
+    environment = {"DEEPEP_RANKS_PER_NODE": str(topology.ranks_per_node)}
     try:
         results = run_ranks(
-            lost_peer, lost, how, num_ranks=NUM_RANKS, device="cuda", timeout_s=90.0, environment=environment
+            lost_peer, lost, how, num_ranks=topology.num_ranks, device="cuda", timeout_s=90.0, environment=environment
         )
     except RankFailure as failure:
         assert how == "killed" and set(failure.failures) == {lost}, str(failure)
@@ -193,10 +211,11 @@ def heap_too_small(context: RankContext) -> tuple[str, str]:
     return outcomes[0], outcomes[-1]
 
 
+@pytest.mark.gpu(4)
 def test_full_heap_is_an_error_that_names_the_setting_and_the_next_call_works(rank_pools: Any) -> None:
-    results = run(rank_pools, heap_too_small, ranks_per_node=2, timeout_s=60, DEEPEP_SYMMETRIC_HEAP_MB="32")
+    results = run(rank_pools, heap_too_small, topology=Topology(2, 2), timeout_s=60, DEEPEP_SYMMETRIC_HEAP_MB="32")
     assert "DEEPEP_SYMMETRIC_HEAP_MB" in results[0][0]
-    assert [last for _, last in results] == [f"{16 * NUM_RANKS} rows", "0 rows", "0 rows", "0 rows"]
+    assert [last for _, last in results] == [f"{16 * 4} rows", "0 rows", "0 rows", "0 rows"]
 
 
 def two_groups(context: RankContext) -> str:
@@ -211,6 +230,7 @@ def two_groups(context: RankContext) -> str:
     return ""
 
 
+@pytest.mark.gpu(4)
 def test_another_group_is_refused_by_name() -> None:
-    for text in run_ranks(two_groups, num_ranks=NUM_RANKS, device="cuda", environment={"DEEPEP_RANKS_PER_NODE": "2"}):
+    for text in run_ranks(two_groups, num_ranks=4, device="cuda", environment={"DEEPEP_RANKS_PER_NODE": "2"}):
         assert "serves another group" in text and "start new processes" in text

@@ -4,11 +4,13 @@ Use it with ``pytest_plugins = ["deep_ep.testing.plugin"]`` in the top ``conftes
 because it imports torch.
 
 Fixtures, both of the whole session: ``rank_pool``, eight ranks on the CPU; ``rank_pools``, pools of any kind by
-`RankPools.get`. Marker: ``gpu(n)`` skips a test, or a class, where fewer than ``n`` GPUs are visible.
+`RankPools.get`. Marker: ``gpu(n)`` skips a test, or a class, where fewer than ``n`` GPUs are visible; with
+``DEEPEP_TEST_SHARED_GPUS=1`` one is enough, and ranks share what there is: slowly, as their processes take turns.
 """
 
 from __future__ import annotations
 
+import os
 from collections import Counter
 from collections.abc import Iterator
 
@@ -18,6 +20,7 @@ import torch
 from deep_ep.launch import RankPool, preload
 
 NUM_CPU_RANKS = 8
+SHARED_GPUS = os.environ.get("DEEPEP_TEST_SHARED_GPUS") == "1"
 
 
 class RankPools:
@@ -71,5 +74,5 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     found = torch.cuda.device_count()
     for item in items:
         needed = max((marker.args[0] if marker.args else 1 for marker in item.iter_markers("gpu")), default=0)
-        if needed > found:
+        if needed > found and not (SHARED_GPUS and found):
             item.add_marker(pytest.mark.skip(reason=f"needs {needed} GPUs, found {found}"))
