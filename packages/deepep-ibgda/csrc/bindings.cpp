@@ -192,7 +192,7 @@ PYBIND11_MODULE(_ibgda, m) {
 #if defined(DEEPEP_LL_TRACE)
     // Of the current device's last operation: [block][stamp] clocks of its SM.
     m.def("stamps", [](const std::string& op) {
-        std::vector<uint32_t> flat(kMaxBlocks * 12);
+        std::vector<uint32_t> flat(kMaxBlocks * 14);
         check_runtime(op == "dispatch" ? copy_dispatch_stamps(flat.data()) : copy_combine_stamps(flat.data()), "reading the trace");
         return flat;
     });

@@ -2,7 +2,7 @@
 //
 // Sending    warps take parts of rows; ll_reduce = "rank" adds up what this rank's experts made of a token before it travels, "expert" sends
 //            every row.
-// Receiving  other warps of the block, later all, poll the slots of the ranks that hold a token, and add in the contract's order.
+// Receiving  warps poll the slots of the ranks that hold a token, and add in the contract's order.
 // Before: the handle's dispatch has been received. Hook mode launches the kernel once for each half.
 #include "combine_receive.cuh"
 #include "combine_send.cuh"
@@ -15,6 +15,7 @@ __global__ void __launch_bounds__(kNumThreads, 2) low_latency_combine_kernel(con
     __shared__ CombineShared shared;
     begin_kernel(args);
     DEEPEP_STAMP(0, threadIdx.x == 0);
+    DEEPEP_STAMP_TIME(12, threadIdx.x == 0);
     const bool receives = (args.phases & kReceive) != 0;
     if (is_receiver() && !receives) return;
     if ((args.phases & kSend) != 0) {
@@ -35,6 +36,7 @@ __global__ void __launch_bounds__(kNumThreads, 2) low_latency_combine_kernel(con
     }
     receive_rows<kAtSource, Format>(args, shared);
     DEEPEP_STAMP(11, threadIdx.x % 32 == 0);  // the last warp stays
+    DEEPEP_STAMP_TIME(13, threadIdx.x % 32 == 0);
     if (args.wait_stats != nullptr) add_wait_stats(args.domain, kCombine, shared.operation, args.wait_stats);
 }
 
@@ -64,18 +66,22 @@ CombinePlan plan_of(const CombineArgs& args, int num_blocks) {
     plan.by_num_local_experts = Divisor::of(static_cast<uint32_t>(args.num_local_experts));
     plan.num_expert_rows = args.num_experts * args.max_tokens;  // num_local_experts * (num_ranks * max_tokens)
     plan.slot_stride = static_cast<uint32_t>(args.row.stride());
-    plan.adds_own = args.phases == (kSend | kReceive) && !args.domain.reduces_at_source;
-    plan.num_sources = num_ranks - (plan.adds_own ? 1 : 0);
+    plan.has_own_weights = args.phases == (kSend | kReceive) && !args.domain.reduces_at_source;
+    plan.num_sources = num_ranks - (plan.has_own_weights ? 1 : 0);
     plan.by_num_sources = Divisor::of(static_cast<uint32_t>(max_of(plan.num_sources, 1)));
     plan.choice_shift = log2_ceil(args.num_topk);
     // Small batches: rows are cut up until the lanes of a warp hold all of a share's, or each worker has one part. What other ranks have sent is not
     // known here; this rank's own number of tokens stands for theirs.
-    const int64_t num_rows = static_cast<int64_t>(plan.num_sources) * args.num_tokens, num_items = static_cast<int64_t>(num_blocks) << (5 - plan.choice_shift);
+    const int64_t num_rows = static_cast<int64_t>(plan.num_sources) * args.num_tokens;
+    plan.num_sending_blocks = sending_blocks_of(num_blocks, num_ranks, plan.has_own_weights && 2 * args.num_tokens >= num_blocks && num_rows >= num_blocks);
+    plan.adds_own = plan.has_own_weights && plan.num_sending_blocks == 0;
+    const int num_shares = plan.num_sending_blocks > 0 ? plan.num_sending_blocks : num_blocks;
+    const int64_t num_items = static_cast<int64_t>(num_shares) << (5 - plan.choice_shift);
     plan.chunk_shift = 0;
-    while (kWorkerWarps << (plan.chunk_shift + 1) <= plan.num_parts && num_rows << (plan.chunk_shift + 1) <= num_items) ++plan.chunk_shift;
+    while (plan.num_sending_blocks == 0 && kWorkerWarps << (plan.chunk_shift + 1) <= plan.num_parts && num_rows << (plan.chunk_shift + 1) <= num_items) ++plan.chunk_shift;
     plan.num_chunk_parts = static_cast<int>(ceil_div(plan.num_parts, 1 << plan.chunk_shift));
-    // A share's rows are num_blocks items apart: by itself that leads from source to source, unless the number of sources divides it.
-    const int distance = num_blocks >> plan.chunk_shift, num_sources = static_cast<int>(max_of(plan.num_sources, 1));
+    // A share's rows are num_shares items apart: by itself that leads from source to source, unless the number of sources divides it.
+    const int distance = num_shares >> plan.chunk_shift, num_sources = static_cast<int>(max_of(plan.num_sources, 1));
     plan.turn_shift = distance > 0 && distance % num_sources == 0 ? log2_ceil(distance / num_sources + 1) - 1 : 30;
     plan.num_share_weights = static_cast<int>(ceil_div(static_cast<int64_t>(args.num_tokens) * args.num_topk, num_blocks));
     return plan;

@@ -1,7 +1,8 @@
 #pragma once
 // The receiving half of combine: warps take parts of this rank's tokens, poll the slots of the ranks that hold them, and add up. What the own rank
-// holds they add up themselves where the kernel sends, too.
+// holds they add up themselves where every block of the kernel both sends and receives.
 #include "combine_shared.cuh"
+#include "deepep/ptx/async_copy.cuh"
 
 namespace deepep::ibgda {
 
@@ -11,15 +12,32 @@ struct OwnChoice {
     float weight = 0;
     int32_t row = -1;  // of x, if the expert is here and the kernel sends
 
+    __device__ static bool is_there(const CombineArgs& args, int token) { return token < args.num_tokens && static_cast<int>(threadIdx.x) % 32 < args.num_topk; }
+    __device__ static ChoiceWords& words(CombineShared& shared) { return shared.choices[threadIdx.x / 32][threadIdx.x % 32]; }
+
+    // Puts them on their way to shared memory: registers are scarce while another part is waited for.
     template <bool kAtSource>
-    __device__ static OwnChoice load(const CombineArgs& args, int token) {
+    __device__ static void fetch(const CombineArgs& args, CombineShared& shared, int token) {
+        if (!is_there(args, token)) return;
+        ChoiceWords& to = words(shared);
+        const int k = static_cast<int>(threadIdx.x) % 32, i = token * args.num_topk + k;
+        if (args.topk_idx.bits == 64)
+            ptx::async_copy<8>(&to.index, static_cast<const int64_t*>(args.topk_idx.data) + i);
+        else
+            ptx::async_copy<4>(&to.index, static_cast<const int32_t*>(args.topk_idx.data) + i);
+        ptx::async_copy<4>(&to.weight, args.topk_weights + i);
+        if (!kAtSource && args.plan.adds_own) ptx::async_copy<4>(&to.row, args.handle + args.handle_layout.routes() + route_of(args, args.domain.rank, token) + k);
+        ptx::async_commit();
+    }
+    template <bool kAtSource>
+    __device__ static OwnChoice take(const CombineArgs& args, CombineShared& shared, int token) {
         OwnChoice choice;
-        const int k = static_cast<int>(threadIdx.x) % 32;
-        if (token >= args.num_tokens || k >= args.num_topk) return choice;
-        const int i = token * args.num_topk + k;
-        choice.weight = args.topk_weights[i];
-        if (!kAtSource && args.plan.adds_own) choice.row = args.handle[args.handle_layout.routes() + route_of(args, args.domain.rank, token) + k];
-        choice.expert = args.topk_idx.expert(i, args.num_experts);
+        if (!is_there(args, token)) return choice;
+        ptx::async_wait<0>();
+        const ChoiceWords& from = words(shared);
+        choice.expert = IndexArray::checked(args.topk_idx.bits == 64 ? from.index : static_cast<int32_t>(from.index), args.num_experts);
+        choice.weight = from.weight;
+        if (!kAtSource && args.plan.adds_own) choice.row = from.row;
         return choice;
     }
 };
@@ -219,18 +237,30 @@ __device__ __forceinline__ int claim_part(CombineShared& shared) {
     return __shfl_sync(kAllLanes, claimed, 0);
 }
 
-// By all receivers of every block, and by its senders when nothing is left to send.
+// By all receivers of every block, and by its senders when nothing is left to send. Blocks that only send have no parts.
 template <bool kAtSource, class Format>
 __device__ __forceinline__ void receive_rows(const CombineArgs& args, CombineShared& shared) {
     const int num_items = args.num_tokens * args.plan.num_parts;
+    const int first = static_cast<int>(blockIdx.x) - args.plan.num_sending_blocks, stride = static_cast<int>(gridDim.x) - args.plan.num_sending_blocks;
+    if (first < 0) return;
     Receiver<kAtSource, Format> receiver(args, shared);
+    const auto claim = [&] {
+        const int i = claim_part(shared) * stride + first;
+        OwnChoice::fetch<kAtSource>(args, shared, static_cast<int>(args.plan.by_num_parts.quotient(static_cast<uint32_t>(i))));
+        return i;
+    };
+    int i = claim();
 #pragma unroll 1
-    for (bool is_first = true;; is_first = false) {
-        const int i = claim_part(shared) * static_cast<int>(gridDim.x) + static_cast<int>(blockIdx.x);
-        if (i >= num_items) return;
+    for (bool is_first = true; i < num_items; is_first = false) {
         uint32_t part;
         const int token = static_cast<int>(args.plan.by_num_parts.quotient(static_cast<uint32_t>(i), &part));
-        if (!receiver.take(token, static_cast<int>(part), OwnChoice::load<kAtSource>(args, token))) return;
+        const OwnChoice choice = OwnChoice::take<kAtSource>(args, shared, token);
+        __syncwarp();
+        i = claim();  // while this part is waited for
+        if (!receiver.take(token, static_cast<int>(part), choice)) {
+            ptx::async_wait<0>();  // nothing lands in the memory of a block that has ended
+            return;
+        }
         DEEPEP_STAMP(8, receive_thread() == 0 && is_first);
     }
 }

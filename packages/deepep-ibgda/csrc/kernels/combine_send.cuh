@@ -19,7 +19,7 @@ struct Weight {
         if (expert < 0 || expert >= args.num_experts) return;
         const int rank = static_cast<int>(args.plan.by_num_local_experts.quotient(static_cast<uint32_t>(expert)));
         const uint32_t sequence = operation.sequences[rank];
-        if (sequence == 0 || is_remote<kRemote>(domain, rank) || (args.plan.adds_own && rank == domain.rank)) return;
+        if (sequence == 0 || is_remote<kRemote>(domain, rank) || (args.plan.has_own_weights && rank == domain.rank)) return;
         ptx::store_relaxed_sys(outgoing_weights(domain, operation, kCombine, rank) + i, signal_word(sequence, __float_as_uint(value)));
     }
 };
@@ -68,31 +68,44 @@ struct Choices {
     int source;
     int token;
     int chunk;            // of the row
+    bool is_own = false;  // the own rank's: the weight is here
     int32_t row = -1;     // of x that belongs to the choice; -1: none here
     uint32_t weight = 0;  // bits
 
-    // `item`: of the lane's row. Items run through the chunks first, then through the sources, so that all links are busy at once.
-    __device__ static Choices load(const CombineArgs& args, int item) {
+    // The lane's row, `turn` steps after a share's first ones. Items run through the chunks first, then through the sources, so that all links are busy at once.
+    __device__ static Choices load(const CombineArgs& args, int share, int turn, bool is_alone = false) {
         const CombinePlan& plan = args.plan;
         Choices choices;
+        const int item = first(args, share) + (turn + (is_alone ? 0 : static_cast<int>(threadIdx.x) % 32 >> plan.choice_shift)) * stride(args, share);
+        choices.is_own = is_own_share(args, share);
         const int pair = item >> plan.chunk_shift, k = static_cast<int>(threadIdx.x) & ((1 << plan.choice_shift) - 1);
         choices.chunk = item & ((1 << plan.chunk_shift) - 1);
         choices.token = static_cast<int>(plan.by_num_sources.quotient(static_cast<uint32_t>(pair)));
-        uint32_t turn;
-        plan.by_num_sources.quotient(static_cast<uint32_t>(pair + (choices.token >> plan.turn_shift)), &turn);
-        choices.source = args.domain.rank + 1 + static_cast<int>(turn);
+        uint32_t place;
+        plan.by_num_sources.quotient(static_cast<uint32_t>(pair + (choices.token >> plan.turn_shift)), &place);
+        choices.source = args.domain.rank + 1 + static_cast<int>(place);
         if (choices.source >= args.domain.num_ranks) choices.source -= args.domain.num_ranks;
+        if (choices.is_own) {
+            choices.source = args.domain.rank;
+            choices.token = item;
+        }
         if (choices.token >= args.max_tokens || k >= args.num_topk) return choices;
         const int64_t i = route_of(args, choices.source, choices.token) + k;
         choices.row = args.handle[args.handle_layout.routes() + i];
-        choices.weight = static_cast<uint32_t>(args.handle[args.handle_layout.weights() + i]);
+        if (!choices.is_own)
+            choices.weight = static_cast<uint32_t>(args.handle[args.handle_layout.weights() + i]);
+        else if (choices.token < args.num_tokens)
+            choices.weight = __float_as_uint(args.topk_weights[choices.token * args.num_topk + k]);
         return choices;
     }
-    // The lane's row among those of a share.
-    __device__ static int item_of(const CombineArgs& args, int first) {
-        return first + (static_cast<int>(threadIdx.x) % 32 >> args.plan.choice_shift) * static_cast<int>(gridDim.x);
+    // Where roles go by block, the shares of receiving blocks hold the own rank's rows and nothing else.
+    __device__ static bool is_own_share(const CombineArgs& args, int share) { return args.plan.num_sending_blocks > 0 && share >= args.plan.num_sending_blocks; }
+    // A share's items.
+    __device__ static int first(const CombineArgs& args, int share) { return is_own_share(args, share) ? share - args.plan.num_sending_blocks : share; }
+    __device__ static int stride(const CombineArgs& args, int share) {
+        const int num_sending = args.plan.num_sending_blocks;
+        return share < num_sending ? num_sending : static_cast<int>(gridDim.x) - num_sending;
     }
-    __device__ static int step(const CombineArgs& args) { return static_cast<int>(gridDim.x) << (5 - args.plan.choice_shift); }
 };
 
 // A warp that sends: the workers do, and for their block's own share the receivers, too, to which nothing comes so early.
@@ -107,12 +120,25 @@ public:
     __device__ Sender(const CombineArgs& args, CombineShared& shared, int num_senders)
         : args_(args), shared_(shared), lane_(static_cast<int>(threadIdx.x) % 32), num_senders_(num_senders) {}
 
+    // Before the operation has begun: the first row that will go as it is, as far as the handle says, is put on its way. Its memory belongs to x in any case.
+    __device__ void look_ahead(const Choices& choices) {
+        if constexpr (!kAtSource && !kSumsAlways) {
+            const bool has_row = is_expert_row(args_, choices.row);
+            const unsigned mine = __ballot_sync(kAllLanes, has_row) & lanes_of_row();
+            const unsigned raw = __ballot_sync(kAllLanes, has_row && (mine & (mine - 1)) == 0);
+            if (raw == 0) return;
+            ahead_ = __ffs(static_cast<int>(raw)) - 1;
+            load_raw(expert_row(args_, __shfl_sync(kAllLanes, choices.row, ahead_)), parts_of(__shfl_sync(kAllLanes, choices.chunk, ahead_)), v_ahead_);
+        }
+    }
+
     // This warp's parts of a share's rows. `choices`: the first ones.
     __device__ void send_rows(int share, Choices choices) {
-        const int num_items = (shared_.most_tokens * args_.plan.num_sources) << args_.plan.chunk_shift, step = Choices::step(args_);
+        const int num_items = Choices::is_own_share(args_, share) ? shared_.most_tokens : (shared_.most_tokens * args_.plan.num_sources) << args_.plan.chunk_shift;
+        const int first = Choices::first(args_, share), stride = Choices::stride(args_, share), step = 32 >> args_.plan.choice_shift;
 #pragma unroll 1
-        for (int first = share; first < num_items; first += step) {
-            if (first != share) choices = Choices::load(args_, Choices::item_of(args_, first));
+        for (int turn = 0; first + turn * stride < num_items; turn += step) {
+            if (turn != 0) choices = Choices::load(args_, share, turn);
             take(choices, kRemote && args_.domain.remote.has(choices.source));
             if (!send_taken() && !args_.domain.enable_shrink) return;
         }
@@ -134,9 +160,7 @@ private:
         if (!is_known || is_left_out) choices_.row = -1;
         const bool has_row = choices_.row >= 0;
         const unsigned all = __ballot_sync(kAllLanes, has_row);
-        // The lanes of this lane's row.
-        const int width = 1 << args_.plan.choice_shift, first = lane_ & -width;
-        mine_ = all & (kAllLanes >> (32 - width) << first);
+        mine_ = all & lanes_of_row();
         if constexpr (kAtSource) {
             // Choices of one expert share a row. Other lanes may hold other chunks of the same one.
             const unsigned alike = __match_any_sync(kAllLanes, choices_.row) & mine_;
@@ -146,7 +170,7 @@ private:
             const bool leads = has_row && __ffs(static_cast<int>(mine_)) - 1 == lane_, is_single = (mine_ & (mine_ - 1)) == 0;
             raw_ = kSumsAlways ? 0 : __ballot_sync(kAllLanes, leads && is_single);
             summed_ = __ballot_sync(kAllLanes, leads && (kSumsAlways || !is_single));
-            is_missing_ = has_row && shared_.has_weights == 0 && (kSumsAlways || !is_single);
+            is_missing_ = has_row && shared_.has_weights == 0 && !choices.is_own && (kSumsAlways || !is_single);
         }
     }
     // Rows that need no weights go first. False: the weights of some others did not come.
@@ -154,6 +178,7 @@ private:
 #pragma unroll 1
         for (unsigned left = raw_; left != 0; left &= left - 1) send_raw(__ffs(static_cast<int>(left)) - 1);
         DEEPEP_STAMP(5, threadIdx.x == 0 && raw_ != 0);
+        ahead_ = -1;
         bool is_good = true;
         uint32_t start = 0;
 #pragma unroll 1
@@ -171,13 +196,16 @@ private:
         return is_good;
     }
 
-    // The row of lane `l`, and this lane's first columns there.
-    struct Target {
-        uint8_t* slot;
+    __device__ unsigned lanes_of_row() const {
+        const int width = 1 << args_.plan.choice_shift;
+        return kAllLanes >> (32 - width) << (lane_ & -width);
+    }
+
+    // This warp's next parts of a row, and this lane's first columns there.
+    struct Parts {
         int part;
         int end;
 
-        __device__ uint8_t* place(int j, int num_senders) const { return slot + static_cast<uint32_t>(part + j * num_senders) * Format::kPartBytes; }
         __device__ uint32_t begin() const { return static_cast<uint32_t>(part * kPartBytes) + threadIdx.x % 32 * (2 * Format::kColumns); }
         __device__ unsigned inside(const CombineArgs& args, int num_senders) const {
             unsigned inside = 0;
@@ -190,26 +218,38 @@ private:
     __device__ uint32_t step() const { return static_cast<uint32_t>(num_senders_ * kPartBytes); }
     // The control warp, which stands between the workers and the receivers, is none.
     __device__ static int sender() { return static_cast<int>(threadIdx.x) / 32 - (is_receiver() ? 1 : 0); }
-    __device__ Target target_of(int l) const {
+    __device__ Parts parts_of(int chunk) const {
+        const int first = chunk * args_.plan.num_chunk_parts;
+        return {first + sender(), min(first + args_.plan.num_chunk_parts, args_.plan.num_parts)};
+    }
+    // The row of lane `l`. By all lanes, also those beyond the row's last column.
+    __device__ Parts parts_of_lane(int l) const { return parts_of(__shfl_sync(kAllLanes, choices_.chunk, l)); }
+    __device__ uint8_t* slot_of_lane(int l) const {
         const int source = __shfl_sync(kAllLanes, choices_.source, l), token = __shfl_sync(kAllLanes, choices_.token, l);
-        const int first = __shfl_sync(kAllLanes, choices_.chunk, l) * args_.plan.num_chunk_parts, k = l & ((1 << args_.plan.choice_shift) - 1);
-        return {shared_.operation.outgoing[source] + slot_offset<kAtSource>(args_, token, k), first + sender(),
-                min(first + args_.plan.num_chunk_parts, args_.plan.num_parts)};
+        return shared_.operation.outgoing[source] + slot_offset<kAtSource>(args_, token, l & ((1 << args_.plan.choice_shift) - 1));
+    }
+    __device__ uint8_t* place(uint8_t* slot, const Parts& parts, int j) const {
+        return slot + static_cast<uint32_t>(parts.part + j * num_senders_) * Format::kPartBytes;
     }
 
-    __device__ void send_raw(int l) const {
+    using Row = typename Format::Row;
+    __device__ void load_raw(const uint8_t* row, const Parts& parts, Row (&v)[kVectors]) const {
+        const unsigned inside = parts.inside(args_, num_senders_);
+#pragma unroll
+        for (int j = 0; j < kVectors; ++j)
+            if ((inside >> j & 1) != 0) v[j] = Format::load_row(reinterpret_cast<const Row*>(row + parts.begin() + j * step()));
+    }
+    __device__ void send_raw(int l) {
         const uint8_t* row = expert_row(args_, __shfl_sync(kAllLanes, choices_.row, l));
-        using Row = typename Format::Row;
+        uint8_t* slot = slot_of_lane(l);
 #pragma unroll 1
-        for (Target target = target_of(l); target.part < target.end; target.part += kVectors * num_senders_) {
-            const unsigned inside = target.inside(args_, num_senders_);
-            Row v[kVectors] = {};
+        for (Parts parts = parts_of_lane(l); parts.part < parts.end; parts.part += kVectors * num_senders_) {
+            const unsigned inside = parts.inside(args_, num_senders_);
+            if (l != ahead_) load_raw(row, parts, v_ahead_);
+            ahead_ = -1;
 #pragma unroll
             for (int j = 0; j < kVectors; ++j)
-                if ((inside >> j & 1) != 0) v[j] = Format::load_row(reinterpret_cast<const Row*>(row + target.begin() + j * step()));
-#pragma unroll
-            for (int j = 0; j < kVectors; ++j)
-                if ((inside >> j & 1) != 0) Format::store(target.place(j, num_senders_), Format::encode(v[j]));
+                if ((inside >> j & 1) != 0) Format::store(place(slot, parts, j), Format::encode(v_ahead_[j]));
         }
     }
 
@@ -217,18 +257,19 @@ private:
     __device__ bool send_sum(int l) {
         const unsigned rows = __shfl_sync(kAllLanes, mine_, l);
 #pragma unroll 1
-        for (Target target = target_of(l); target.part < target.end; target.part += kVectors * num_senders_) {
-            const unsigned inside = target.inside(args_, num_senders_);
+        for (Parts parts = parts_of_lane(l); parts.part < parts.end; parts.part += kVectors * num_senders_) {
+            const unsigned inside = parts.inside(args_, num_senders_);
             WeightedSum<Format, kVectors> sum;
 #pragma unroll 1
             for (unsigned left = rows; left != 0;) {
                 bool is_ready;  // asked when the rows are under way
-                left = sum.add(args_, left, choices_.row, choices_.weight, target.begin(), step(), inside, [&] { return is_ready = poll_weights(rows); });
+                left = sum.add(args_, left, choices_.row, choices_.weight, parts.begin(), step(), inside, [&] { return is_ready = poll_weights(rows); });
                 if (!is_ready) return false;
             }
+            uint8_t* slot = slot_of_lane(l);
 #pragma unroll
             for (int j = 0; j < kVectors; ++j)
-                if ((inside >> j & 1) != 0) Format::store(target.place(j, num_senders_), Format::encode(sum.rounded(j)));
+                if ((inside >> j & 1) != 0) Format::store(place(slot, parts, j), Format::encode(sum.rounded(j)));
         }
         return true;
     }
@@ -269,6 +310,8 @@ private:
     unsigned raw_ = 0;         // lanes whose row goes as it is
     unsigned summed_ = 0;      // one lane of each token whose rows are added up
     bool is_missing_ = false;  // this lane's weight has not come
+    int ahead_ = -1;           // the lane whose row's first columns have been loaded
+    Row v_ahead_[kVectors] = {};
 };
 
 // Rows for ranks outside the NVLink domain: the workers share a row in the outbox, then it goes as one work request.
@@ -279,9 +322,9 @@ __device__ __noinline__ void post_rows(const CombineArgs& args, CombineShared& s
     const int num_items = (shared.most_tokens * args.plan.num_sources) << args.plan.chunk_shift;
     const int lane = static_cast<int>(threadIdx.x) % 32;
 #pragma unroll 1
-    for (int i = share; i < num_items; i += static_cast<int>(gridDim.x)) {
+    for (int turn = 0; share + turn * Choices::stride(args, share) < num_items; ++turn) {
         // One row at a time, so that the lanes of all others have none.
-        Choices choices = Choices::load(args, i);
+        Choices choices = Choices::load(args, share, turn, true);
         if (lane >> args.plan.choice_shift != 0) choices.row = -1;
         if (!domain.remote.has(choices.source) || choices.token >= shared.num_tokens[choices.source]) continue;
         unsigned sent = 0;
@@ -314,8 +357,8 @@ __device__ __forceinline__ void send_shares(const CombineArgs& args, CombineShar
             Weight weight{-1, 0};
             if (!kAtSource && begin + lane < end) weight = Weight::load(args, begin + lane);
             if (begins) {
-                const HandleLane handle = HandleLane::load(args);
-                control.begin_send(args.ticket);
+                HandleLane handle;
+                control.begin_send(args.ticket, [&] { handle = HandleLane::load(args); });
                 DEEPEP_STAMP(1, lane == 0);
                 handle.note(args, shared);
                 DEEPEP_STAMP(2, lane == 0);
@@ -329,7 +372,9 @@ __device__ __forceinline__ void send_shares(const CombineArgs& args, CombineShar
             DEEPEP_STAMP(4, lane == 0);
             if (begins) control.settle(receives);
         } else {
-            const Choices choices = Choices::load(args, Choices::item_of(args, share));
+            const Choices choices = Choices::load(args, share, 0);
+            Sender<kAtSource, Format, kRemote> sender(args, shared, begins && receives ? kNumWarps - 1 : kWorkerWarps);
+            sender.look_ahead(choices);
             if (is_receiver())
                 wait_begun();
             else
@@ -337,11 +382,11 @@ __device__ __forceinline__ void send_shares(const CombineArgs& args, CombineShar
             DEEPEP_STAMP(3, threadIdx.x == 0);
             DEEPEP_STAMP(7, receive_thread() == 0);
             const bool is_mine = !begins || shared.operation.is_claimed != 0;
-            if (is_mine) Sender<kAtSource, Format, kRemote>(args, shared, begins && receives ? kNumWarps - 1 : kWorkerWarps).send_rows(share, choices);
+            if (is_mine) sender.send_rows(share, choices);
             DEEPEP_STAMP(6, lane == 0);
             if (is_receiver()) return;
             if constexpr (kRemote) {
-                if (is_mine) post_rows<kAtSource, Format>(args, shared, share);
+                if (is_mine && !Choices::is_own_share(args, share)) post_rows<kAtSource, Format>(args, shared, share);
             }
         }
         begins = false;

@@ -6,7 +6,15 @@
 
 namespace deepep::ibgda {
 
+// Choice k of a token that a warp will take next, by its lane k; as it lies in memory.
+struct alignas(16) ChoiceWords {
+    int64_t index;
+    float weight;
+    int32_t row;
+};
+
 struct CombineShared {
+    ChoiceWords choices[kNumWarps][32];
     Operation operation;
     int32_t num_tokens[kMaxWindowRanks];  // of every source; -1 where it takes no part, or took none in dispatch
     int32_t most_tokens;                  // of any source

@@ -147,16 +147,22 @@ public:
     __device__ Control(const Domain& domain, Direction direction, Operation& operation)
         : domain_(domain), direction_(direction), operation_(operation), lane_(static_cast<int>(threadIdx.x) % 32) {}
 
-    // Afterwards the operation is valid for whoever the control warp tells. All loads are under way before the first one is waited for.
     __device__ void begin_send(uint32_t* ticket) {
+        begin_send(ticket, [] {});
+    }
+    // Afterwards the operation is valid for whoever the control warp tells. All loads are under way before the first one is waited for, also those of
+    // `load_more`: loaded earlier, they would be put on the stack, and so waited for, while the others have yet to be asked for.
+    template <class LoadMore>
+    __device__ void begin_send(uint32_t* ticket, const LoadMore& load_more) {
+        // Each send adds one to its block's word, whoever does the block's share; see claim_share.
+        uint32_t claim = 0;
+        if (lane_ == 0) claim = ptx::increment_relaxed_gpu(domain_.claims(direction_) + blockIdx.x, 0xffffffffu);
         PeerState peer_state = {};
         if (lane_ < domain_.num_ranks) peer_state.load(domain_, direction_, lane_);
         const uint32_t num_launches = ptx::load_relaxed_gpu(domain_.launches(direction_));
         const uint32_t num_sends = ptx::load_relaxed_gpu(domain_.sends(direction_));
         const CreditLane credit_lane = read_credit_lane(domain_, 0);
-        // Each send adds one to its block's word, whoever does the block's share; see claim_share. After the loads, because it is waited for at once.
-        uint32_t claim = 0;
-        if (lane_ == 0) claim = ptx::add_relaxed_gpu(domain_.claims(direction_) + blockIdx.x, 1);
+        load_more();
         bool is_ready = true;
 #pragma unroll 1
         for (int peer = lane_; peer < domain_.num_ranks; peer += 32) {

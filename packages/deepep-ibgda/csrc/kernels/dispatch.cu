@@ -25,18 +25,23 @@ __global__ void __launch_bounds__(kNumThreads, 2) low_latency_dispatch_kernel(co
     begin_kernel(args);
     ptx::named_barrier(kAllThreads, kNumThreads);
     DEEPEP_STAMP(0, threadIdx.x == 0);
+    DEEPEP_STAMP_TIME(12, threadIdx.x == 0);
     const bool is_last_block = blockIdx.x == gridDim.x - 1;
     if (is_receiver()) {
         if (!receives) return;
         wait_begun();
+        // Blocks that only send: their receivers have nothing to do but for the statistics, which every block's add up.
+        const bool has_rows = static_cast<int>(blockIdx.x) >= args.plan.num_sending_blocks;
+        if (!has_rows && args.wait_stats == nullptr) return;
         const bool is_good = read_index(args, shared, index_words);
         DEEPEP_STAMP(8, receive_thread() == 0);
         if (is_last_block) {
             if (receive_thread() == 0) shared.is_indexed = is_good;
             ptx::named_barrier_arrive(kIndexRead, kNumThreads);
         }
-        if (is_good) receive_rows<kFp8>(args, shared, index_words);
+        if (is_good && has_rows) receive_rows<kFp8>(args, shared, index_words);
         DEEPEP_STAMP(11, threadIdx.x % 32 == 0);  // the last warp's stays
+        DEEPEP_STAMP_TIME(13, threadIdx.x % 32 == 0);
         if (is_good && args.wait_stats != nullptr) add_wait_stats(args.domain, kDispatch, shared.operation, args.wait_stats);
         return;
     }
@@ -67,9 +72,11 @@ Kernel kernel_of(bool use_fp8, bool has_remote) {
 DispatchPlan plan_of(const DispatchArgs& args, int num_blocks) {
     constexpr int kMostPartsLog2 = 3;
     DispatchPlan plan = {};
+    plan.num_sending_blocks = sending_blocks_of(num_blocks, args.domain.num_ranks, args.phases == (kSend | kReceive) && 2 * args.num_tokens > num_blocks);
+    plan.num_shares = plan.num_sending_blocks > 0 ? plan.num_sending_blocks : num_blocks;
     plan.num_segments = static_cast<int>(ceil_div(args.hidden, kSegmentColumns));
     if (args.use_fp8 && !args.domain.remote.any())
-        while (plan.parts_log2 < kMostPartsLog2 && args.num_tokens << (plan.parts_log2 + 1) <= num_blocks) ++plan.parts_log2;
+        while (plan.parts_log2 < kMostPartsLog2 && args.num_tokens << (plan.parts_log2 + 1) <= plan.num_shares) ++plan.parts_log2;
     while (kMostPartSegments << plan.parts_log2 < plan.num_segments) ++plan.parts_log2;
     plan.num_units = args.num_tokens << plan.parts_log2;
     plan.num_part_segments = static_cast<int>(ceil_div(plan.num_segments, 1 << plan.parts_log2));

@@ -178,7 +178,7 @@ __device__ __forceinline__ void store_index(const DispatchArgs& args, const Oper
     const Domain& domain = args.domain;
     const int lane = static_cast<int>(threadIdx.x) % 32, num_words = kIndexCounts + args.num_local_experts;
 #pragma unroll 1
-    for (int rank = share; rank < domain.num_ranks; rank += static_cast<int>(gridDim.x)) {
+    for (int rank = share; rank < domain.num_ranks; rank += args.plan.num_shares) {
         const uint32_t sequence = operation.sequences[rank];
         if (sequence == 0) continue;
         uint64_t* index = outgoing_index(domain, operation, kDispatch, rank);

@@ -331,7 +331,7 @@ __device__ __forceinline__ void receive_rows(const DispatchArgs& args, DispatchS
     for (int rank = lane; rank < domain.num_ranks; rank += 32) num_tokens = max(num_tokens, index.num_tokens(rank));
     num_tokens = static_cast<int>(__reduce_max_sync(kAllLanes, static_cast<unsigned>(num_tokens)));
     const int num_rows = num_tokens * domain.num_ranks, num_blocks = static_cast<int>(gridDim.x);
-    // As many warps to a row as there are, so that little is left to do when its last word arrives. Groups of several warps take one row at most.
+    // As many warps to a row as there are, so that little is left to do when its last word arrives.
     constexpr int kWarpsLog2 = 3;
     static_assert(kReceiveWarps == 1 << kWarpsLog2, "groups divide the receivers");
     int groups_log2 = 0;
@@ -351,8 +351,9 @@ __device__ __forceinline__ void receive_rows(const DispatchArgs& args, DispatchS
         return token;
     };
     RowReader<kFp8> reader(args, shared, index);
+    const int num_sending = args.plan.num_sending_blocks, first_row = (static_cast<int>(blockIdx.x) - num_sending << groups_log2) + group;
 #pragma unroll 1
-    for (int i = (static_cast<int>(blockIdx.x) << groups_log2) + group; i < num_rows; i += num_blocks << groups_log2) {
+    for (int i = first_row; i < num_rows; i += num_blocks - num_sending << groups_log2) {
         int source;
         const int token = place_of(i, &source);
         if (token >= index.num_tokens(source)) continue;
@@ -361,16 +362,12 @@ __device__ __forceinline__ void receive_rows(const DispatchArgs& args, DispatchS
         for (int first = begin; first < end && (first == begin || arrival == kPresent); first += kPartVectors)
             arrival = reader.take(source, token, first, min(first + kPartVectors, end), part == 0 && first == begin);
         // Every warp of the row has read its header.
-        if (size_log2 > 0 && part != 0) {
-            ptx::named_barrier_arrive(kGroups + group, 32 << size_log2);
-        } else {
-            if (size_log2 > 0)
-                ptx::named_barrier(kGroups + group, 32 << size_log2);
-            else
-                __syncwarp();
-            reader.empty_header(arrival);
-        }
-        DEEPEP_STAMP(10, receive_thread() == 0 && i < num_blocks << groups_log2);
+        if (size_log2 > 0)
+            ptx::named_barrier(kGroups + group, 32 << size_log2);
+        else
+            __syncwarp();
+        if (part == 0) reader.empty_header(arrival);
+        DEEPEP_STAMP(10, receive_thread() == 0 && i == first_row);
     }
 }
 

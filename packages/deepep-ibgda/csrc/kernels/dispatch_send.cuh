@@ -12,13 +12,13 @@ __device__ __forceinline__ bool is_share_own(const Operation& operation, bool be
 template <bool kFp8, bool kRemote>
 __device__ __forceinline__ void send_share_as_worker(const DispatchArgs& args, DispatchShared& shared, uint32_t* named, int share, bool begins) {
     const DispatchPlan& plan = args.plan;
-    const int thread = static_cast<int>(threadIdx.x), num_shares = static_cast<int>(gridDim.x);
+    const int thread = static_cast<int>(threadIdx.x), num_shares = plan.num_shares;
     if (!begins) {
 #pragma unroll 1
         for (int i = thread; i < args.num_experts; i += kNumWorkers) named[i] = 0;
         worker_barrier();
     }
-    int i = share, round = 0;
+    int i = share < num_shares ? share : plan.num_units, round = 0;
 #pragma unroll 1
     do {
         const Unit unit(plan, i);
@@ -26,7 +26,8 @@ __device__ __forceinline__ void send_share_as_worker(const DispatchArgs& args, D
         RowPart<kFp8> row;
         row.load(args, unit.token, unit.first, unit.end);
         if (round == 0) {
-            count_tokens(args, named, thread, args.num_tokens, kNumWorkers, unit.token, kNamedByAny);  // while the row is on its way
+            // While the row is on its way. Shares without rows, and without an index message, need no counts.
+            if (unit.is_there || share < args.domain.num_ranks) count_tokens(args, named, thread, args.num_tokens, kNumWorkers, unit.token, kNamedByAny);
             ptx::named_barrier_arrive(kTableCounted, kNumSendThreads);
         }
         bool needs_escape = false;
@@ -62,10 +63,10 @@ template <bool kFp8, bool kRemote>
 __device__ __forceinline__ void send_share_as_control(const DispatchArgs& args, DispatchShared& shared, uint32_t* named, int share, bool begins) {
     const DispatchPlan& plan = args.plan;
     Operation& operation = shared.operation;
-    const int num_shares = static_cast<int>(gridDim.x);
+    const int num_shares = plan.num_shares;
     const bool receives = (args.phases & kReceive) != 0;
     Control<kRemote> control(args.domain, kDispatch, operation);
-    int i = share, round = 0, num_counted = 0;  // tokens whose choices are in the lower halves of `named`
+    int i = share < num_shares ? share : plan.num_units, round = 0, num_counted = 0;  // tokens whose choices are in the lower halves of `named`
 #pragma unroll 1
     do {
         const Unit unit(plan, i);
@@ -81,7 +82,7 @@ __device__ __forceinline__ void send_share_as_control(const DispatchArgs& args, 
         // First what the others need first: nobody places a row before the counts are known.
         if (round == 0) {
             ptx::named_barrier(kTableCounted, kNumSendThreads);
-            if (is_own) store_index<kRemote>(args, operation, share, named);
+            if (is_own && share < num_shares) store_index<kRemote>(args, operation, share, named);
             DEEPEP_STAMP(4, threadIdx.x % 32 == 0);
         } else {
             count_below(args, named, num_counted, unit.token);

@@ -15,6 +15,16 @@ constexpr int kNumWarps = kSendWarps + kReceiveWarps;
 constexpr int kNumSendThreads = 32 * kSendWarps, kNumReceiveThreads = 32 * kReceiveWarps;
 constexpr int kNumThreads = kNumSendThreads + kNumReceiveThreads;
 
+// Large batches divide the roles among blocks: the first half only sends to other ranks, the second half receives. An SM's loads queue up behind its own
+// stores while those wait for room on the links, so a block that does both receives at full speed only once everything is sent. Half of 128 SMs fill the
+// links (48 to 72 senders measure alike; 32 send, and 32 receive, too slowly); with few blocks every one is needed for that. With one peer a rank's own rows
+// are half of the work and the links half as busy: of two ranks, undivided blocks dispatch in 12.1 us where divided ones take 14.8.
+// One resident block is enough all the same: senders wait for no rows and end, receivers do their own share and then those that nobody has taken up.
+constexpr int kLeastDividedBlocks = 96, kLeastDividedRanks = 3;
+constexpr int sending_blocks_of(int num_blocks, int num_ranks, bool is_large_batch) {
+    return is_large_batch && num_blocks >= kLeastDividedBlocks && num_ranks >= kLeastDividedRanks ? num_blocks / 2 : 0;
+}
+
 enum OperationPhase : int { kSend = 1, kReceive = 2 };
 
 // Divides by a number that the host knows.
@@ -121,6 +131,8 @@ struct DispatchPlan {
     int num_part_segments;  // of a row
     int num_segments;
     Divisor by_local_experts, by_ranks, by_index_words;
+    int num_sending_blocks;  // blocks that only send; the others then only receive. 0: every block does both
+    int num_shares;          // blocks that send
 };
 
 struct DispatchArgs {
@@ -162,9 +174,12 @@ struct CombinePlan {
     Divisor by_num_parts;
     Divisor by_num_local_experts;
     int num_expert_rows;    // of x
+    // Blocks that only send; the others then send the own rank's rows only, and receive. 0: every block does both.
+    int num_sending_blocks;
     uint32_t slot_stride;   // bytes from row to row in a box
     // sending
     bool adds_own;          // rows of the own rank stay out of this: the receiving warps add them up from x themselves
+    bool has_own_weights;   // the own rank's need not travel
     int num_sources;        // ranks that get rows from here
     Divisor by_num_sources;
     int turn_shift;         // every 1 << turn_shift tokens the order of sources moves on by one, so that each share has rows for all
@@ -209,7 +224,7 @@ cudaError_t prepare_dispatch(bool* is_programmatic);
 cudaError_t prepare_combine(bool* is_programmatic);
 
 #if defined(DEEPEP_LL_TRACE)
-// uint32 [kMaxBlocks][12]: trace.cuh.
+// uint32 [kMaxBlocks][14]: trace.cuh.
 cudaError_t copy_dispatch_stamps(uint32_t* out);
 cudaError_t copy_combine_stamps(uint32_t* out);
 #endif

@@ -78,16 +78,35 @@ STAMPS = {
 }
 
 
+NUM_STAMPS = 14  # the last two in nanoseconds: begin, and end of the last warp
+
+
+def print_gaps(world: World, num_blocks: int) -> None:
+    """When the blocks of a chain's last pair began and ended (first, median, last); what lay between its kernels."""
+    for rank in range(world.num_ranks):
+        with torch.cuda.device(world.devices[rank]):
+            d, c = (
+                torch.tensor(native().stamps(op), dtype=torch.int64).view(-1, NUM_STAMPS)[:num_blocks, 12:]
+                for op in ("dispatch", "combine")
+            )
+        columns = [stamps[:, i] - d[:, 0].min() for stamps in (d, c) for i in (0, 1)]
+        # Blocks that only send leave no time of their end in dispatch: theirs is an old one, or none.
+        points = [column[(column >= 0) & (column < 1_000_000)] for column in columns]
+        text = " | ".join(f"{int(p.min())} {int(p.median())} {int(p.max())}" for p in points)
+        between = int(points[2].min() - points[1].max())
+        print(f"  rank {rank}, ns: dispatch begins | ends | combine begins | ends: {text}; between {between}")
+
+
 def print_trace(world: World, op: str, num_blocks: int, megahertz: float = 1980.0) -> None:
     """When the blocks of each rank's last operation came to which point, in microseconds since they began."""
     for rank in (0, world.num_ranks - 1):
         with torch.cuda.device(world.devices[rank]):
-            stamps = torch.tensor(native().stamps(op), dtype=torch.int64).view(-1, len(STAMPS[op]))[:num_blocks]
+            stamps = torch.tensor(native().stamps(op), dtype=torch.int64).view(-1, NUM_STAMPS)[:num_blocks]
         since = ((stamps - stamps[:, :1]) & 0xFFFFFFFF).float() / megahertz
         print(f"  {op}, rank {rank}: minimum / median / maximum over blocks (blocks that came there last time)")
         for point, name in enumerate(STAMPS[op]):
             column = since[:, point]
-            column = column[column < 1e4]
+            column = column[column < 1e3]
             if name != "-" and point and len(column):
                 low, high = float(column.min()), float(column.max())
                 print(f"    {name:18s} {low:6.2f} {float(column.median()):6.2f} {high:6.2f}   {len(column)} blocks")
@@ -137,6 +156,8 @@ def main() -> None:
                 for op, launch in (("dispatch", out), ("combine", back)):
                     graph_us(world, [launch])
                     print_trace(world, op, args.sms[-1])
+                graph_us(world, [out, back])
+                print_gaps(world, args.sms[-1])
             print(f"{cast} {tokens:4d} tokens: " + " | ".join(line), flush=True)
 
 
