@@ -95,6 +95,7 @@ void bind_runtime(py::module_& m) {
                     py::kw_only(), "num_ranks"_a, "max_tokens"_a, "num_experts"_a, "num_topk"_a)
         .def_static("ticket_words", [](int num_ranks) { return num_ranks; }, py::kw_only(), "num_ranks"_a)
         .def("set_timeout_ns", &Runtime::set_timeout_ns, "timeout_ns"_a)
+        .def("set_least_divided_blocks", &Runtime::set_least_divided_blocks, "num_blocks"_a)
         .def("abort", &Runtime::abort)
         .def("clear_abort", &Runtime::clear_abort)
         .def("error", &Runtime::error)

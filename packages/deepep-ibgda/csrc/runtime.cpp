@@ -97,6 +97,7 @@ Runtime::Runtime(const RuntimeConfig& config) : config_(config), domain_{} {
     domain_.rank = config.rank;
     domain_.num_ranks = config.num_ranks;
     domain_.reduces_at_source = reduces_at_source(config.ll_reduce);
+    domain_.least_divided_blocks = kLeastDividedBlocks;
     domain_.enable_shrink = config.enable_shrink;
     domain_.remote = remote_peers_of(config.rdma_view);
     for (int rank = 0; rank < config.num_ranks; ++rank) {
@@ -155,6 +156,10 @@ void Runtime::fill_window(cudaStream_t stream) {
 void Runtime::set_timeout_ns(uint64_t timeout_ns) {
     require_open();
     *const_cast<volatile uint64_t*>(&domain_.host->timeout_ns) = timeout_ns;
+}
+void Runtime::set_least_divided_blocks(int num_blocks) {
+    if (num_blocks < 2) throw ArgumentError("least_divided_blocks is " + std::to_string(num_blocks) + "; it is at least 2: one sends, one receives.");
+    domain_.least_divided_blocks = num_blocks;
 }
 void Runtime::abort() {
     require_open();

@@ -41,6 +41,7 @@ public:
     static int64_t handle_words(int num_ranks, const CallShape& shape);
 
     void set_timeout_ns(uint64_t timeout_ns);
+    void set_least_divided_blocks(int num_blocks);
     void abort();
     void clear_abort();
     std::optional<ErrorRecord> error() const;

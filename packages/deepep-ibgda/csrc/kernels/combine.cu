@@ -73,7 +73,7 @@ CombinePlan plan_of(const CombineArgs& args, int num_blocks) {
     // Small batches: rows are cut up until the lanes of a warp hold all of a share's, or each worker has one part. What other ranks have sent is not
     // known here; this rank's own number of tokens stands for theirs.
     const int64_t num_rows = static_cast<int64_t>(plan.num_sources) * args.num_tokens;
-    plan.num_sending_blocks = sending_blocks_of(num_blocks, num_ranks, plan.has_own_weights && 2 * args.num_tokens >= num_blocks && num_rows >= num_blocks);
+    plan.num_sending_blocks = args.domain.num_sending_blocks(num_blocks, plan.has_own_weights && 2 * args.num_tokens >= num_blocks && num_rows >= num_blocks);
     plan.adds_own = plan.has_own_weights && plan.num_sending_blocks == 0;
     const int num_shares = plan.num_sending_blocks > 0 ? plan.num_sending_blocks : num_blocks;
     const int64_t num_items = static_cast<int64_t>(num_shares) << (5 - plan.choice_shift);

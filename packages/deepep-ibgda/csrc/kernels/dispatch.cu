@@ -72,7 +72,7 @@ Kernel kernel_of(bool use_fp8, bool has_remote) {
 DispatchPlan plan_of(const DispatchArgs& args, int num_blocks) {
     constexpr int kMostPartsLog2 = 3;
     DispatchPlan plan = {};
-    plan.num_sending_blocks = sending_blocks_of(num_blocks, args.domain.num_ranks, args.phases == (kSend | kReceive) && 2 * args.num_tokens > num_blocks);
+    plan.num_sending_blocks = args.domain.num_sending_blocks(num_blocks, args.phases == (kSend | kReceive) && 2 * args.num_tokens > num_blocks);
     plan.num_shares = plan.num_sending_blocks > 0 ? plan.num_sending_blocks : num_blocks;
     plan.num_segments = static_cast<int>(ceil_div(args.hidden, kSegmentColumns));
     if (args.use_fp8 && !args.domain.remote.any())

@@ -21,9 +21,6 @@ constexpr int kNumThreads = kNumSendThreads + kNumReceiveThreads;
 // are half of the work and the links half as busy: of two ranks, undivided blocks dispatch in 12.1 us where divided ones take 14.8.
 // One resident block is enough all the same: senders wait for no rows and end, receivers do their own share and then those that nobody has taken up.
 constexpr int kLeastDividedBlocks = 96, kLeastDividedRanks = 3;
-constexpr int sending_blocks_of(int num_blocks, int num_ranks, bool is_large_batch) {
-    return is_large_batch && num_blocks >= kLeastDividedBlocks && num_ranks >= kLeastDividedRanks ? num_blocks / 2 : 0;
-}
 
 enum OperationPhase : int { kSend = 1, kReceive = 2 };
 
@@ -59,10 +56,16 @@ struct Domain {
     bool reduces_at_source;  // ll_reduce = "expert"
     bool enable_shrink;
     bool is_programmatic;  // kernels wait for the kernels before them themselves
+    int least_divided_blocks;
     uint8_t* own;  // this rank's arena
     WindowOffsets window;
     HostControl* host;  // pinned, this rank's
     RemotePeers remote;
+
+    // The blocks that only send; 0: every block does both.
+    int num_sending_blocks(int num_blocks, bool is_large_batch) const {
+        return is_large_batch && num_blocks >= least_divided_blocks && num_ranks >= kLeastDividedRanks ? num_blocks / 2 : 0;
+    }
 
 #if defined(__CUDACC__)
     template <class T>

@@ -148,6 +148,8 @@ class World:
         ]
         for runtime in self.runtimes:
             runtime.set_timeout_ns(int((60.0 if SHARED_GPUS else timeout_s) * 1e9))
+            if EMULATED or SHARED_GPUS:  # as many blocks as on a GPU of a rank's own there are not
+                runtime.set_least_divided_blocks(4 if EMULATED else 24)
         self.streams: list[Any] = (
             [emulator.Stream(1 + rank) for rank in range(num_ranks)]
             if EMULATED
