@@ -14,6 +14,7 @@
 #include "deepep/common/exceptions.hpp"
 #include "internode/combine_forward.cuh"
 #include "internode/combine_source.cuh"
+#include "internode/trace.cuh"
 
 namespace deepep::internode {
 namespace {
@@ -74,6 +75,7 @@ __global__ void __launch_bounds__(kNumCombineWarps * 32, 1) forward_and_sum_kern
     if (threadIdx.x == 0) {
         shared.block = ptx::add_relaxed_gpu(&args.domain.state->combine_blocks, 1);
         shared.num_taken = shared.num_sources_ended = 0;
+        DEEPEP_TRACE(begin_trace());
     }
     // A block has fewer slots than contexts, or as many.
     for (int i = threadIdx.x; i < args.num_block_contexts; i += blockDim.x) {
@@ -81,19 +83,28 @@ __global__ void __launch_bounds__(kNumCombineWarps * 32, 1) forward_and_sum_kern
         asked[i] = collection.finished[i] = 0;
     }
     nvlink::exchange_grants(local, context, shared.handshake, sizes, own);  // barriers inside
+    DEEPEP_TRACE(if (threadIdx.x % 32 == 0) stamp_last(kCombineHandshakeOver));
     if (!shared.handshake.is_failed) {
         const BlockSlots slots(static_cast<int>(shared.block), args.geometry.num_slots);
         const int warp = threadIdx.x / 32;
         if (warp < args.num_forward_warps) {
             ForwardWarp(args, context, shared.handshake, shared.partials[warp], served, slots, warp).run();
+            DEEPEP_TRACE(if (threadIdx.x % 32 == 0) stamp_last(kForwardingOver));
         } else if (warp < args.num_forward_warps + args.num_source_warps) {
             SourceWarp(args, context, shared.handshake, scratch[warp - args.num_forward_warps], shared.partials[warp], collection, slots).run();
+            DEEPEP_TRACE(if (threadIdx.x % 32 == 0) stamp_last(kCollectingOver));
         } else {
             make_requests(args, context, collection, slots);
+            DEEPEP_TRACE(if (threadIdx.x % 32 == 0) stamp_last(kRequestsOver));
         }
     }
     finish(args, context, shared);
+    DEEPEP_TRACE(if (threadIdx.x == 0) end_trace(static_cast<int>(shared.block)));
 }
+
+#if DEEPEP_NVSHMEM_TRACE
+cudaError_t copy_combine_traces(BlockTrace* out) { return copy_traces(out); }
+#endif
 
 void shape_combine(CombineArgs& args, int num_sms, int num_warps) {
     const int num_nodes = args.domain.group.num_nodes();

@@ -5,6 +5,7 @@
 // goes to the same slot of the source's receive ring. Any warp of the block takes any request, and none is waited for, because a source may not
 // go on with one before another has been answered.
 #include "combine_parts.cuh"
+#include "internode/trace.cuh"
 
 namespace deepep::internode {
 namespace {
@@ -107,6 +108,7 @@ private:
         network::put_chunk(domain.window.receive_ring(domain.network, node, own_node) + args_.geometry.slot_offset(slot), chunk,
                            request.count * num_message_bytes, domain.window.full(domain.network, NetworkWindow::kCombineFull, own_node) + slot,
                            chunk_word(context_.epoch, request.begin), peer);
+        DEEPEP_TRACE(if (lane_ == 0) stamp_first(kAnswerSent), stamp_last(kAnswerSent), count_moved(kMovedBySenders));
         return true;
     }
 

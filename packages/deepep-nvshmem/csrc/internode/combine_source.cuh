@@ -6,6 +6,7 @@
 //   own      the partial sum of this node, into the output: needs nothing from other nodes and runs while their answers are on their way
 //   result   biases and partial sums, node by node, into the output
 #include "combine_parts.cuh"
+#include "internode/trace.cuh"
 
 namespace deepep::internode {
 namespace {
@@ -123,6 +124,7 @@ private:
             if (lane_ == 0) {
                 __threadfence_block();  // joins the loads of the slot to the request warp's fence
                 poke(collection_.finished + i, round + 1);
+                DEEPEP_TRACE(stamp_first(kBlockCollected), stamp_last(kBlockCollected), count_moved(kMovedByReceivers));
             }
         }
     }

@@ -1,6 +1,8 @@
 // Dispatch across nodes: every token's row crosses to each other node once, to the rank there with the sender's local number, which stores it to
 // the ranks of its node that hold the token's experts; rows for the own node are stored there directly. All land in their final place.
 //
+// On many SMs blocks form teams, of which one block delivers and the others send (dispatch_streams.cuh says why). On few each block does both.
+//
 // Send warps      pack rows into the send ring's slots and put the slots to the peers' receive rings (dispatch_send.cuh).
 // Deliver warps   bring rows (from the receive rings, or own ones) into shared-memory stages by bulk loads, and empty them by one bulk store per
 //                 destination rank; side data by ordinary stores (dispatch_rows.cuh). Without bulk copies the warp copies.
@@ -12,6 +14,7 @@
 // alone, and neither kind of warp waits for one stream while another can go on.
 #include "internode/dispatch_rows.cuh"
 #include "internode/dispatch_send.cuh"
+#include "internode/trace.cuh"
 #include "kernels/completion.cuh"
 
 namespace deepep::internode {
@@ -24,7 +27,6 @@ struct Shared {
     nvlink::Handshake handshake;
     uint32_t is_last;
     int block;
-    int num_chunks_left;
     int num_deliverers_left;
 };
 
@@ -45,7 +47,6 @@ struct DynamicShared {
     StreamShape* sent;
     StreamShape* received;
     int32_t* next_sent;
-    int32_t* next_received;
     int32_t* credits;
     int32_t* returned;
 
@@ -57,8 +58,7 @@ struct DynamicShared {
         received = sent + num_nodes;
         items = reinterpret_cast<StagedItem*>(received + num_nodes);
         next_sent = reinterpret_cast<int32_t*>(items + num_stages);
-        next_received = next_sent + args.num_block_contexts;
-        credits = next_received + args.num_block_contexts;
+        credits = next_sent + args.num_block_contexts;
         returned = credits + args.num_block_contexts;
     }
 };
@@ -73,35 +73,38 @@ public:
         stages_ = dynamic.stages + static_cast<int64_t>(warp) * args.num_stages * args.num_stage_bytes;
         barriers_ = dynamic.barriers + warp * args.num_stages;
         items_ = dynamic.items + warp * args.num_stages;
-        side_begin_ = static_cast<int>(align_up(args.parts.num_part_bytes, 128));
     }
 
-    // Fills the ring. Needs nothing from the ranks of this node, so it runs while their READY is on its way.
-    __device__ void start() {
+    __device__ void prepare() {
         if (lane_ == 0) {
             for (int stage = 0; stage < args_.num_stages; ++stage) ptx::mbarrier_init(barriers_ + stage, 1);
             ptx::fence_mbarrier_init();
         }
         __syncwarp();
-        fill();
+    }
+
+    // Needs nothing from the ranks of this node, so it may run while their READY is on its way.
+    __device__ void fill() {
+        Item item;
+        while (num_in_flight_ < args_.num_stages - 1 && queue_.next(item)) load(item);
     }
 
     __device__ void run() {
         if (lane_ == 0) ptx::fence_async_global();  // READY, acquired by this block, permits the bulk stores below
-        bool is_good = !handshake_.is_failed;
+        if (handshake_.is_failed) queue_.abandon();
         uint64_t start_ns = 0;
         int num_idle = 0;
         while (true) {
-            if (is_good) fill();
+            fill();
             if (num_in_flight_ > 0) {
                 deliver();
                 start_ns = 0;
                 num_idle = 0;
-            } else if (!is_good || queue_.is_over()) {
+            } else if (queue_.is_over()) {
                 break;
             } else if (++num_idle == kIdlePasses) {
                 num_idle = 0;
-                is_good = !queue_.has_ended_badly(start_ns);
+                if (queue_.has_ended_badly(start_ns)) queue_.abandon();
             }
         }
         if (lane_ == 0) ptx::bulk_wait<0>();  // all rows have landed, visibly to this thread: the block's release may vouch for them
@@ -109,15 +112,10 @@ public:
     }
 
 private:
-    __device__ void fill() {
-        Item item;
-        while (num_in_flight_ < args_.num_stages - 1 && queue_.next(item)) load(item);
-    }
-
     __device__ void load(const Item& item) {
         const DispatchMessage& message = args_.message;
         uint8_t* stage = stages_ + static_cast<int64_t>(load_stage_) * args_.num_stage_bytes;
-        uint8_t* side = stage + side_begin_;
+        uint8_t* side = stage + args_.side_begin();
         uint64_t* barrier = barriers_ + load_stage_;
         // The stage was emptied one delivery before the newest at least.
         if (lane_ == 0) ptx::bulk_wait_read<1>();
@@ -149,7 +147,7 @@ private:
     __device__ void deliver() {
         const DispatchMessage& message = args_.message;
         const uint8_t* stage = stages_ + static_cast<int64_t>(deliver_stage_) * args_.num_stage_bytes;
-        const uint8_t* side = stage + side_begin_;
+        const uint8_t* side = stage + args_.side_begin();
         ptx::mbarrier_wait(barriers_ + deliver_stage_, parity_);
         const StagedItem item = items_[deliver_stage_];
         const int32_t head = checked_head(args_, context_, handshake_, side);
@@ -171,6 +169,7 @@ private:
         __syncwarp();
         if (item.part == 0) deliver_side(args_, handshake_, item.src_rank, item.forward_row, side, head, message.num_scales > 0 && !args_.stores_scales);
         if (item.credited >= 0 && lane_ == 0) ask_for_credit(delivery_, item.credited, item.chunk);
+        DEEPEP_TRACE(if (lane_ == 0) stamp_first(kRowDelivered), stamp_last(kRowDelivered), count_moved(kMovedByReceivers));
         ptx::fence_async_shared();  // these ordinary reads come before the next bulk load into the stage
         __syncwarp();
         --num_in_flight_;
@@ -189,7 +188,6 @@ private:
     uint8_t* stages_;
     uint64_t* barriers_;
     StagedItem* items_;
-    int side_begin_;
     int num_in_flight_ = 0;
     int load_stage_ = 0;
     int deliver_stage_ = 0;
@@ -287,19 +285,19 @@ __global__ void __launch_bounds__(kMaxThreads, 1) dispatch_rows_kernel(const __g
     const DynamicShared dynamic(args, memory);
     if (threadIdx.x == 0) {
         shared.block = static_cast<int>(ptx::add_relaxed_gpu(&domain.state->dispatch_blocks, 1));
-        shared.num_chunks_left = 0;
         shared.num_deliverers_left = args.num_deliver_warps;
+        DEEPEP_TRACE(begin_trace());
     }
     describe_streams(args, context, dynamic.sent, dynamic.received);
     if (blockIdx.x == 0 && threadIdx.x == 0 && args.recv_gbl_rank_prefix[group.num_ranks - 1] > args.capacity)
         report_error(context, ErrorKind::kOverflow, Phase::kRows, group.rank, args.recv_gbl_rank_prefix[group.num_ranks - 1], args.capacity, 0);
     __syncthreads();
-    const BlockContexts contexts{shared.block, static_cast<int>(gridDim.x), args.geometry.num_slots, group.node(), group.num_nodes()};
+    const BlockContexts contexts{args, BlockPlaces::of(shared.block, args.num_team_senders)};
+    const BlockRole role = contexts.places.role;
+    if (role == BlockRole::kDeliverer && threadIdx.x == 0) ptx::store_relaxed_sys(contexts.deliverer_begun(), signal_word(context.epoch, 1));
     for (int i = threadIdx.x; i < contexts.count(); i += blockDim.x) {
-        const int slot = contexts.slot_of(i), num_chunks = dynamic.received[contexts.node_of(i)].num_chunks;
-        dynamic.next_sent[i] = dynamic.next_received[i] = slot;
+        dynamic.next_sent[i] = contexts.slot_of(i);
         dynamic.credits[i] = dynamic.returned[i] = 0;
-        if (slot < num_chunks) atomicAdd(&shared.num_chunks_left, (num_chunks - 1 - slot) / args.geometry.num_slots + 1);
     }
     __syncthreads();
 
@@ -312,32 +310,51 @@ __global__ void __launch_bounds__(kMaxThreads, 1) dispatch_rows_kernel(const __g
                                domain.local.arenas[domain.local.rank]};
     // The send warps come first: they have nothing to do before the handshake, whose words the first threads post.
     const int warp = threadIdx.x / 32, deliverer = warp - args.num_send_warps;
-    const bool sends = deliverer < 0, delivers = !sends && deliverer < args.num_deliver_warps;
-    const Delivery delivery{dynamic.next_received, dynamic.credits, &shared.num_chunks_left, &shared.num_deliverers_left};
-    RowQueue queue(args, context, contexts, dynamic.sent, dynamic.received, delivery, deliverer);
-    if (delivers) queue.begin();
+    const bool is_sender = deliverer < 0, is_deliverer = !is_sender && deliverer < args.num_deliver_warps;
+    const Delivery delivery{dynamic.credits, &shared.num_deliverers_left};
+    RowQueue queue(args, context, contexts, dynamic.sent, dynamic.received);
+    bool delivers = is_deliverer && role != BlockRole::kSender;
+    if (delivers) queue.begin(deliverer);
 #if DEEPEP_HAS_BULK
-    DeliverWarp deliver_warp(args, context, shared.handshake, dynamic, delivery, queue, delivers ? deliverer : 0);
-    if (args.use_bulk && delivers) deliver_warp.start();
+    DeliverWarp deliver_warp(args, context, shared.handshake, dynamic, delivery, queue, is_deliverer ? deliverer : 0);
+    if (args.use_bulk && is_deliverer) deliver_warp.prepare();
+    if (args.use_bulk && delivers) deliver_warp.fill();
 #endif
     nvlink::exchange_grants(domain.local, context, shared.handshake, sizes, own);
-    if (sends) {
-        if (!shared.handshake.is_failed) SendWarp(args, context, contexts, dynamic.sent, dynamic.next_sent, warp).run();
-    } else if (!delivers) {
-        return_credits(args, context, contexts, delivery, dynamic.returned);
-    } else if (!args.use_bulk) {
-        deliver_rows_plain(args, context, shared.handshake, delivery, queue, dynamic.stages + static_cast<int64_t>(deliverer) * args.num_stage_bytes);
-#if DEEPEP_HAS_BULK
-    } else {
-        deliver_warp.run();
-#endif
+    DEEPEP_TRACE(if (threadIdx.x % 32 == 0) stamp_last(kHandshakeOver));
+    // Blocks begin at about the same time: only now is it likely that a deliverer which runs at all has begun.
+    if (is_deliverer && role == BlockRole::kSender) {
+        delivers = !queue.is_relieved();
+        if (delivers) queue.begin(deliverer);
     }
-    if (delivers && threadIdx.x % 32 == 0) {
-        __threadfence_block();  // behind what the warp has asked for
-        atomicSub(&shared.num_deliverers_left, 1);
+    if (delivers) {
+        if (!args.use_bulk)
+            deliver_rows_plain(args, context, shared.handshake, delivery, queue, dynamic.stages + static_cast<int64_t>(deliverer) * args.num_stage_bytes);
+#if DEEPEP_HAS_BULK
+        else
+            deliver_warp.run();
+#endif
+        DEEPEP_TRACE(if (threadIdx.x % 32 == 0) stamp_last(kDeliveringOver));
+    }
+    if (is_deliverer) {
+        if (threadIdx.x % 32 == 0) {
+            __threadfence_block();  // behind what the warp has asked for
+            atomicSub(&shared.num_deliverers_left, 1);
+        }
+        __syncwarp();
+    } else if (!is_sender) {
+        return_credits(args, context, contexts, delivery, dynamic.returned);
+        DEEPEP_TRACE(if (threadIdx.x % 32 == 0) stamp_last(kCreditsOver));
+    }
+    // In a sender, warps that have nothing more to deliver help to send.
+    const bool sends = role == BlockRole::kSender || (role == BlockRole::kBoth && is_sender);
+    if (sends && !shared.handshake.is_failed) {
+        SendWarp(args, context, contexts, dynamic.sent, dynamic.next_sent, warp).run();
+        DEEPEP_TRACE(if (threadIdx.x % 32 == 0) stamp_last(kSendingOver));
     }
     if (args.fill_unused) fill_unused_rows(args, dynamic.received);
     finish(args, context, shared);
+    DEEPEP_TRACE(if (threadIdx.x == 0) end_trace(shared.block));
 }
 
 }  // namespace
@@ -347,6 +364,10 @@ cudaError_t launch_dispatch(const DispatchArgs& args, int num_sms, cudaStream_t 
     dispatch_rows_kernel<<<num_sms, num_threads, args.num_dynamic_bytes, stream>>>(args);
     return cudaGetLastError();
 }
+
+#if DEEPEP_NVSHMEM_TRACE
+cudaError_t copy_dispatch_traces(BlockTrace* out) { return copy_traces(out); }
+#endif
 
 cudaError_t prepare_dispatch(bool has_bulk) {
     cudaFuncAttributes attributes;

@@ -2,7 +2,8 @@
 // Dispatch, delivering: which rows a warp takes next, and where they go.
 //
 // A deliver warp takes rows from two places: chunks that have arrived from other nodes, in the slots that it serves, and, while none is there,
-// this rank's own rows for its own node, which the GPU's deliver warps share out among themselves.
+// this rank's own rows for its own node, which the GPU's deliver warps share out among themselves. Who takes a chunk is settled in device memory, because
+// two blocks may deliver for one place.
 //   FULL   {epoch, chunk + 1}  sender -> forwarder, behind the chunk's bytes. Acquired before the first load of the chunk.
 //   CREDIT {epoch, chunk + 1}  forwarder -> sender, after the last load of the chunk has landed. One warp of the block gives all credits back: its
 //                              fence waits for what the whole SM has under way, which would hold up a deliver warp.
@@ -26,35 +27,43 @@ struct Item {
     int32_t chunk;
 };
 
-// What the deliver warps of a block share.
+// What the deliver warps of a block share, in shared memory.
 struct Delivery {
-    int32_t* next_chunks;     // of each context: what is expected
     int32_t* credits;         // of each context: chunk + 1 whose loads have landed
-    int32_t* num_chunks_left; // that no warp has opened
     int32_t* num_warps_left;  // that may still ask for credits
 };
 
 class RowQueue {
 public:
-    __device__ RowQueue(const DispatchArgs& args, const WaitContext& context, const BlockContexts& contexts, const StreamShape* sent, const StreamShape* received,
-                        const Delivery& delivery, int warp)
-        : args_(args), context_(context), contexts_(contexts), sent_(sent), received_(received), delivery_(delivery), warp_(warp), lane_(threadIdx.x % 32) {}
+    __device__ RowQueue(const DispatchArgs& args, const WaitContext& context, const BlockContexts& contexts, const StreamShape* sent, const StreamShape* received)
+        : args_(args), context_(context), contexts_(contexts), received_(received), lane_(threadIdx.x % 32) {
+        num_own_items_ = static_cast<uint32_t>(min_of(sent[args.node].num_rows, received[args.node].num_rows) * args.parts.num_parts);
+    }
 
-    // Claims the first own rows, and looks for chunks.
-    __device__ void begin() {
-        const int node = args_.domain.group.node();
-        num_own_items_ = min_of(sent_[node].num_rows, received_[node].num_rows) * args_.parts.num_parts;
-        next_own_ = contexts_.block * args_.num_deliver_warps + warp_;
-        ask_for_token();
+    // Claims the first own rows, and looks for chunks. `warp`: its number among the block's deliver warps.
+    __device__ void begin(int warp) {
+        next_own_ = contexts_.places.first * args_.num_deliver_warps + warp;
         claim();
+        if (has_teams()) {  // not every block delivers, so no row is dealt to it
+            next_own_ = __shfl_sync(~0u, claimed_, 0);
+            claim();
+        }
+        ask_for_token();
+        num_not_over_ = contexts_.count();
         look();
     }
+
+    // In a sender: whether the team's deliverer has begun. The sender's warps then take nothing any more. Uniform over the warp.
+    __device__ bool is_relieved() const { return __shfl_sync(~0u, ptx::load_relaxed_sys(contexts_.deliverer_begun()), 0) == signal_word(context_.epoch, 1); }
 
     // Uniform over the warp. False: nothing to take now.
     __device__ bool next(Item& item) {
         if (rows_left_ == 0) {
-            open_chunk();
-            look();
+            if (is_claiming_)
+                open_chunk();
+            else
+                choose_chunk();
+            if (!is_claiming_) look();
         }
         if (rows_left_ > 0)
             take_forwarded(item);
@@ -64,68 +73,96 @@ public:
             return false;
         return true;
     }
-    __device__ bool is_over() const { return rows_left_ == 0 && num_chunks_left() == 0 && next_own_ >= num_own_items_; }
+    __device__ bool is_over() const { return rows_left_ == 0 && num_not_over_ <= 0 && next_own_ >= num_own_items_; }
+    // Takes nothing any more, and drops what it has claimed.
+    __device__ void abandon() {
+        rows_left_ = num_not_over_ = 0;
+        next_own_ = kNone;
+        is_claiming_ = false;
+    }
     __device__ bool has_ended_badly(uint64_t& start_ns) const {
         return is_hopeless(context_, Phase::kWindow, waiting(), start_ns);
     }
 
 private:
-    __device__ int num_chunks_left() const { return peek_as_warp(delivery_.num_chunks_left); }
+    static constexpr uint32_t kNone = 0xFFFFFFFF;
+    static constexpr int kRelieved = -1000;
 
     // Of this lane's contexts, one whose chunk has not come.
     __device__ Waiting waiting() const {
         for (int index = lane_; index < contexts_.count(); index += 32) {
-            const int node = contexts_.node_of(index), chunk = peek(delivery_.next_chunks + index);
-            if (chunk >= received_[node].num_chunks) continue;
-            const uint64_t seen = ptx::load_relaxed_sys(word_of(node, contexts_.slot_of(index))), expected = chunk_word(context_.epoch, chunk);
-            if (seen != expected) return {args_.domain.group.peer_of(node), seen, expected};
+            const int chunk = chunk_of(index, peek(args_.domain.next_chunks + contexts_.entry_of(index)));
+            if (chunk < 0) continue;
+            const uint64_t seen = ptx::load_relaxed_sys(word_of(index)), expected = chunk_word(context_.epoch, chunk);
+            if (seen != expected) return {args_.domain.group.peer_of(contexts_.node_of(index)), seen, expected};
         }
         return {};
     }
 
-    // Asks for the words of up to 32 contexts; open_chunk() uses them one row later, so that their way from the L2 cache costs nothing.
+    __device__ bool has_teams() const { return args_.num_team_senders > 0; }
+
+    // A chunk is found in three steps, each one row behind the one before, so that the ways to the L2 cache and back cost nothing: look at entries and words,
+    // choose a chunk and claim it, open it.
+    //
+    // Asks for the entries and the words of up to 32 contexts. Both at once: a word stays as it is until its chunk has been credited, so one that was read
+    // before its entry is at worst not there yet.
     __device__ void look() {
-        looked_chunk_ = -1;
-        if (num_chunks_left() == 0) return;
-        looked_index_ = look_from_ + lane_;
-        look_from_ = look_from_ + 32 < contexts_.count() ? look_from_ + 32 : 0;
-        if (looked_index_ >= contexts_.count()) return;
-        const int node = contexts_.node_of(looked_index_), chunk = peek(delivery_.next_chunks + looked_index_);
-        if (chunk >= received_[node].num_chunks) return;
-        looked_chunk_ = chunk;
-        seen_ = ptx::load_relaxed_sys(word_of(node, contexts_.slot_of(looked_index_)));
+        if (contexts_.places.role == BlockRole::kSender && is_relieved()) num_not_over_ = kRelieved;
+        if (num_not_over_ <= 0) return;
+        const int count = contexts_.count();
+        looked_from_ = looked_from_ + 32 < count ? looked_from_ + 32 : 0;
+        const int index = looked_from_ + lane_;
+        if (index >= count) return;
+        entry_ = peek(args_.domain.next_chunks + contexts_.entry_of(index));
+        seen_ = ptx::load_relaxed_sys(word_of(index));
     }
-    __device__ const uint64_t* word_of(int node, int slot) const {
-        return args_.domain.window.full(args_.domain.network, NetworkWindow::kDispatchFull, node) + slot;
+    __device__ const uint64_t* word_of(int index) const {
+        return args_.domain.window.full(args_.domain.network, NetworkWindow::kDispatchFull, contexts_.node_of(index)) + contexts_.slot_of(index);
+    }
+    // The chunk that is expected in a context; -1: none any more. An entry of another operation stands for the first one.
+    __device__ int chunk_of(int index, uint64_t entry) const {
+        if (index >= contexts_.count()) return -1;
+        const int named = static_cast<int>(signal_value(entry)) - 1;
+        const int chunk = signal_epoch(entry) == context_.epoch && named >= 0 ? named : contexts_.slot_of(index);
+        return chunk < received_[contexts_.node_of(index)].num_chunks ? chunk : -1;
+    }
+    __device__ int looked_chunk() const { return chunk_of(looked_from_ + lane_, entry_); }
+
+    __device__ void choose_chunk() {
+        if (num_not_over_ <= 0) return;
+        const int chunk = looked_chunk();
+        if (!__any_sync(~0u, chunk >= 0)) {
+            // Entries only rise: all contexts are over when all looks in a row, around all of them, have found that.
+            num_not_over_ -= 32;
+            return;
+        }
+        num_not_over_ = contexts_.count();
+        const uint32_t mask = __ballot_sync(~0u, chunk >= 0 && seen_ == chunk_word(context_.epoch, chunk));
+        if (mask == 0) return;
+        const int source = choose_lane(mask, threadIdx.x / 32);
+        index_ = looked_from_ + source;
+        chunk_ = __shfl_sync(~0u, chunk, source);
+        is_claiming_ = true;
+        // The next chunk of the context comes only after this one's credit, so it may be named at once.
+        const uint64_t next = chunk_word(context_.epoch, chunk_ + args_.geometry.num_slots);
+        if (lane_ == source) before_ = atomicCAS(args_.domain.next_chunks + contexts_.entry_of(index_), entry_, next);
     }
 
     __device__ void open_chunk() {
-        const bool is_ready = looked_chunk_ >= 0 && seen_ == chunk_word(context_.epoch, looked_chunk_);
-        const uint32_t mask = __ballot_sync(~0u, is_ready);
-        if (mask == 0) return;
-        const int source = choose_lane(mask, warp_);
-        bool is_mine = false;
-        // The next chunk of the context comes only after this one's credit, so it may be named at once.
-        if (lane_ == source && atomicCAS(delivery_.next_chunks + looked_index_, looked_chunk_, looked_chunk_ + args_.geometry.num_slots) == looked_chunk_) {
-            static_cast<void>(ptx::load_acquire_sys(word_of(contexts_.node_of(looked_index_), contexts_.slot_of(looked_index_))));
-            atomicSub(delivery_.num_chunks_left, 1);
-            is_mine = true;
-        }
-        if (__shfl_sync(~0u, is_mine, source)) begin_chunk(__shfl_sync(~0u, looked_index_, source), __shfl_sync(~0u, looked_chunk_, source));
-    }
-
-    __device__ void begin_chunk(int index, int chunk) {
+        is_claiming_ = false;
+        const int source = index_ - looked_from_;
+        const bool is_mine = lane_ == source && before_ == entry_;
+        if (is_mine) static_cast<void>(ptx::load_acquire_sys(word_of(index_)));  // what the look has seen; it stays until this chunk is credited
+        if (!__shfl_sync(~0u, is_mine, source)) return;
         const Domain& domain = args_.domain;
-        const int node = contexts_.node_of(index), slot = contexts_.slot_of(index);
+        const int node = contexts_.node_of(index_), slot = contexts_.slot_of(index_);
         const StreamShape& stream = received_[node];
-        const int first = chunk * stream.num_chunk_rows;
+        const int first = chunk_ * stream.num_chunk_rows;
         rows_left_ = static_cast<int>(min_of(stream.num_chunk_rows, stream.num_rows - first));
         part_ = 0;
-        index_ = index;
-        chunk_ = chunk;
         src_rank_ = domain.group.peer_of(node);
         forward_row_ = stream.first_row + first;
-        message_ = domain.window.receive_ring(domain.network, domain.group.node(), node) + args_.geometry.slot_offset(slot);
+        message_ = domain.window.receive_ring(domain.network, args_.node, node) + args_.geometry.slot_offset(slot);
 #if DEEPEP_HAS_BULK
         if (lane_ == 0) ptx::fence_async_global();  // FULL, acquired above and joined by the shuffles' warp barriers, permits bulk loads
 #endif
@@ -147,45 +184,48 @@ private:
     // The first rows are dealt out, the others claimed. The claim is sent two rows ahead of its use and the token asked for one row ahead, so that their
     // ways to the L2 cache and back cost nothing.
     __device__ void ask_for_token() {
-        const int64_t row = args_.parts.num_parts == 1 ? next_own_ : next_own_ / args_.parts.num_parts;
-        if (next_own_ < num_own_items_) listed_ = args_.tokens_to_node[args_.domain.group.node() * args_.num_tokens + row];
+        const uint32_t row = args_.parts.num_parts == 1 ? next_own_ : next_own_ / args_.parts.num_parts;
+        if (next_own_ < num_own_items_) listed_ = args_.tokens_to_node[args_.node * args_.num_tokens + row];
     }
     __device__ void claim() {
         if (lane_ == 0) claimed_ = ptx::add_relaxed_gpu(&args_.domain.state->own_rows, 1);
     }
     __device__ void take_own(Item& item) {
-        const int node = args_.domain.group.node();
-        const int64_t row = args_.parts.num_parts == 1 ? next_own_ : next_own_ / args_.parts.num_parts;
+        const uint32_t row = args_.parts.num_parts == 1 ? next_own_ : next_own_ / args_.parts.num_parts;
         const int part = static_cast<int>(next_own_ - row * args_.parts.num_parts);
         const int64_t listed = listed_;
         const bool is_known = listed >= 0 && listed < args_.num_tokens;
         const int64_t token = is_known ? listed : 0;
         if (!is_known && lane_ == 0) report_error(context_, ErrorKind::kLayoutMismatch, Phase::kRows, args_.domain.group.rank, static_cast<uint64_t>(listed), args_.num_tokens, 0);
         item = {args_.x + token * args_.parts.num_row_bytes + args_.parts.begin(part), nullptr, static_cast<int32_t>(token),
-                static_cast<int32_t>(received_[node].first_row + row), args_.domain.group.rank, part, -1, 0};
-        next_own_ = static_cast<int64_t>(contexts_.num_blocks) * args_.num_deliver_warps + __shfl_sync(~0u, claimed_, 0);
+                static_cast<int32_t>(received_[args_.node].first_row + row), args_.domain.group.rank, part, -1, 0};
+        const uint32_t claimed = __shfl_sync(~0u, claimed_, 0);
+        next_own_ = claimed == kNone ? kNone : claimed + (has_teams() ? 0 : args_.num_places * args_.num_deliver_warps);
         ask_for_token();
-        claim();
+        if (num_not_over_ == kRelieved)
+            claimed_ = kNone;
+        else
+            claim();
     }
 
     const DispatchArgs& args_;
     const WaitContext& context_;
     const BlockContexts& contexts_;
-    const StreamShape* sent_;
     const StreamShape* received_;
-    const Delivery& delivery_;
-    const int warp_;
     const int lane_;
-    int64_t num_own_items_ = 0;
-    int64_t next_own_ = 0;
+    uint32_t num_own_items_;
+    uint32_t next_own_ = kNone;
     int32_t listed_ = -1;  // the token of next_own_
-    uint32_t claimed_ = 0;
-    // what this lane has asked for last
-    int look_from_ = 0;
-    int looked_index_ = 0;
-    int looked_chunk_ = -1;  // -1: nothing
+    uint32_t claimed_ = kNone;
+    // Of the contexts, as many as may not be over: all but those that the last looks in a row found over. Zero or less: none. kRelieved: of no concern.
+    int num_not_over_ = 0;
+    // what this lane has asked for last: of the context looked_from_ + lane
+    int looked_from_ = 0;
+    unsigned long long entry_ = 0;
     uint64_t seen_ = 0;
-    // the chunk that is being taken
+    // the chunk that is being claimed, or taken
+    bool is_claiming_ = false;
+    unsigned long long before_ = 0;  // in the lane that claims: what the entry was
     int rows_left_ = 0;
     int part_ = 0;
     int index_ = 0;  // its context
@@ -274,7 +314,8 @@ __device__ inline void ask_for_credit(const Delivery& delivery, int index, int32
     poke(delivery.credits + index, chunk + 1);
 }
 
-// Gives credits back until the deliver warps have ended. `returned`: of each context, zero at the start.
+// Gives credits back until the block's deliver warps have ended. `returned`: of each context, zero at the start. Where two blocks deliver for a place, the
+// credit of each chunk comes from the one that took it; the next chunk of the context follows it, so there is one at a time.
 __device__ inline void return_credits(const DispatchArgs& args, const WaitContext& context, const BlockContexts& contexts, const Delivery& delivery, int32_t* returned) {
     constexpr unsigned kIdleNs = 100;
     const int lane = threadIdx.x % 32, count = contexts.count();

@@ -6,6 +6,7 @@
 // the next operation finds every slot free, and the network has read every slot.
 #include "internode/dispatch_streams.cuh"
 #include "internode/network.cuh"
+#include "internode/trace.cuh"
 
 namespace deepep::internode {
 namespace {
@@ -49,6 +50,7 @@ public:
                 if (!__shfl_sync(~0u, is_mine, source)) continue;
                 send_chunk(__shfl_sync(~0u, node, source), __shfl_sync(~0u, slot, source), __shfl_sync(~0u, chunk, source));
                 if (is_mine) atomicExch(next_chunks_ + index, chunk + args_.geometry.num_slots);
+                DEEPEP_TRACE(if (is_mine) stamp_first(kChunkSent), stamp_last(kChunkSent), count_moved(kMovedBySenders));
             }
             if (is_over) return;
             if (has_moved) {

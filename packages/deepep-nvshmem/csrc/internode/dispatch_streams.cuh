@@ -35,25 +35,33 @@ __device__ inline void describe_streams(const DispatchArgs& args, const WaitCont
     }
 }
 
-// Slot k of every stream is served by block k % blocks, at both ends. Blocks are numbered in the order in which they begin to run: where not
-// all of them fit on the GPUs, the first ones of both ends find each other, end, and make room for the next.
+// The contexts of a block: each is a slot of a stream from, or to, one other node.
+//
+// An SM's loads wait behind its own stores to other GPUs, so rows are delivered slowly where rows are sent: on many SMs blocks form teams (window.hpp).
+// Blocks are numbered in the order in which they begin to run: where not all of them fit on the GPUs, the first ones of both ends find each other, end,
+// and make room for the next. A sender must not need its team's deliverer for that, which may not fit either: until the deliverer has begun, the sender
+// delivers for its place, too. So a place is served from when its sender runs, and whoever delivers for it is running.
 struct BlockContexts {
-    int block;
-    int num_blocks;
-    int num_slots;
-    int node;
-    int num_nodes;
+    const DispatchArgs& args;  // a kernel's parameters cost no registers
+    BlockPlaces places;
 
-    __device__ int count() const { return (num_nodes - 1) * (block < num_slots ? (num_slots - 1 - block) / num_blocks + 1 : 0); }
-    __device__ int slot_of(int index) const { return block + index / (num_nodes - 1) * num_blocks; }
+    // Of a team's block: whether the team's deliverer has begun, {epoch, 1}.
+    __device__ uint64_t* deliverer_begun() const { return args.domain.deliverers_begun + places.team(args.num_team_senders); }
+    __device__ int num_others() const { return args.num_nodes - 1; }
+    __device__ int count() const { return num_others() * places.num_own_slots(args.geometry.num_slots, args.num_places, args.num_team_senders); }
+    __device__ int slot_of(int index) const { return places.slot_of(BlockPlaces::quotient(index, num_others()), args.num_places, args.num_team_senders); }
     // The other node; each rank begins with the one behind its own.
     __device__ int node_of(int index) const {
-        const int other = node + 1 + index % (num_nodes - 1);
-        return other >= num_nodes ? other - num_nodes : other;
+        const int other = args.node + 1 + other_of(index);
+        return other >= args.num_nodes ? other - args.num_nodes : other;
     }
+    // The same number for a context in every block that serves it.
+    __device__ int entry_of(int index) const { return slot_of(index) * num_others() + other_of(index); }
+
+    __device__ int other_of(int index) const { return index - BlockPlaces::quotient(index, num_others()) * num_others(); }
 };
 
-// What a context of this block carries next, in shared memory: a chunk's number, or one of these. Any warp of a role may take a chunk; the
+// What a sending context of this block carries next, in shared memory: a chunk's number, or one of these. Any warp may take a chunk; the
 // chunks of one context are taken in order, because the table names one at a time.
 constexpr int32_t kTaken = -2;  // a warp is at work on it
 constexpr int32_t kOver = -1;

@@ -6,6 +6,7 @@
 #include <cuda_runtime_api.h>
 
 #include <cstdint>
+#include <optional>
 
 #include "deepep/layout/routing.hpp"
 #include "deepep/layout/status.hpp"
@@ -43,6 +44,9 @@ struct Domain {
     NetworkWindow window;
     int64_t num_chunk_bytes;
     PrivateState* state;
+    // Dispatch: what this rank expects next in each slot from each other node, {epoch, chunk + 1}, and which teams' deliverers have begun, {epoch, 1}.
+    unsigned long long* next_chunks;  // [kMaxSlots][D - 1]
+    uint64_t* deliverers_begun;       // a word for each SM, more than there are teams
     int32_t* histogram;  // [E + N + D], zero between calls of layout
     CountsSummary* host_counts;
     uint32_t* host_headers;  // [N][kNumHeaderWords]
@@ -136,12 +140,18 @@ struct DispatchArgs {
     bool loads_scales;  // a row's scales can be loaded in bulk
     bool stores_scales;  // likewise stored
     bool loads_heads;    // a cached dispatch's heads can be loaded in bulk
+    int num_team_senders;  // blocks that send for each one that delivers; 0: every block does both
+    int num_places;        // parts of the slots, each served by one sender
+    int node;              // as the group says, without divisions in the kernel
+    int num_nodes;
     int num_deliver_warps;
     int num_send_warps;
     int num_stages;       // of each deliver warp
     int num_stage_bytes;
-    int num_block_contexts;  // of each node in one block
+    int num_block_contexts;  // of all nodes in one block, at most
     int num_dynamic_bytes;
+
+    DEEPEP_HOST_DEVICE int side_begin() const { return static_cast<int>(align_up(parts.num_part_bytes, 128)); }  // in a stage
 };
 
 struct CombineArgs {
@@ -185,6 +195,7 @@ struct Tuning {
     int num_warps;
     int num_stages;
     int num_send_warps;
+    std::optional<int> num_team_senders = std::nullopt;  // the same on all ranks
 };
 
 cudaError_t launch_layout(const LayoutArgs& args, cudaStream_t stream);
@@ -212,6 +223,28 @@ struct PutCounts {
     unsigned long long num_words;  // set by themselves
 };
 cudaError_t read_put_counts(PutCounts& counts);  // of the current device; waits for nothing
+#endif
+
+#if DEEPEP_NVSHMEM_TRACE
+// Clocks of a block's SM since it began: when the first and when the last of its warps came to a point, in the order of the enums below; and how many
+// rows or chunks its warps moved.
+constexpr int kMaxTracedBlocks = 256, kNumTracePoints = 6, kNumMovedKinds = 2;
+enum DispatchPoint : int { kHandshakeOver, kChunkSent, kSendingOver, kRowDelivered, kDeliveringOver, kCreditsOver };
+enum CombinePoint : int { kCombineHandshakeOver, kAnswerSent, kForwardingOver, kBlockCollected, kCollectingOver, kRequestsOver };
+enum MovedKind : int { kMovedBySenders, kMovedByReceivers };
+struct BlockTrace {
+    uint32_t firsts[kNumTracePoints];  // 0xFFFFFFFF: no warp came there
+    uint32_t lasts[kNumTracePoints];
+    uint32_t moved[kNumMovedKinds];
+    uint32_t ended;
+    uint32_t number;  // in the order in which blocks began
+    uint64_t begin_ns;  // the GPU's timer
+    uint64_t end_ns;
+    uint32_t begun;  // the SM's clock
+    uint32_t padding;
+};
+cudaError_t copy_dispatch_traces(BlockTrace* out);  // of the current device, [kMaxTracedBlocks]
+cudaError_t copy_combine_traces(BlockTrace* out);
 #endif
 
 // Some kernel of the image that holds NVSHMEM's device state.

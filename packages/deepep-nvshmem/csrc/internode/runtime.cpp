@@ -104,10 +104,13 @@ Runtime::Runtime(const RuntimeConfig& config) : config_(config) {
     domain_.host_experts = reinterpret_cast<int32_t*>(domain_.host_masks + num_mask_bytes / 4);
 
     const int64_t num_counts = static_cast<int64_t>(group.num_ranks) * config.max_local_experts + group.num_ranks + group.num_nodes();
-    num_private_bytes_ = static_cast<int64_t>(sizeof(PrivateState)) + 4 * num_counts;
+    const int64_t num_contexts = (group.num_nodes() - 1) * static_cast<int64_t>(kMaxSlots);
+    num_private_bytes_ = static_cast<int64_t>(sizeof(PrivateState)) + 8 * (num_contexts + num_device_sms_) + 4 * num_counts;
     check_runtime(cudaMalloc(&private_memory_, static_cast<size_t>(num_private_bytes_)), "allocating this rank's counters");
     domain_.state = static_cast<PrivateState*>(private_memory_);
-    domain_.histogram = reinterpret_cast<int32_t*>(domain_.state + 1);
+    domain_.next_chunks = reinterpret_cast<unsigned long long*>(domain_.state + 1);
+    domain_.deliverers_begun = reinterpret_cast<uint64_t*>(domain_.next_chunks + num_contexts);
+    domain_.histogram = reinterpret_cast<int32_t*>(domain_.deliverers_begun + num_device_sms_);
     try {
         clear_memory(nullptr);
     } catch (...) {

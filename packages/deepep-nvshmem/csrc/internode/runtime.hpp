@@ -87,7 +87,7 @@ private:
     RuntimeConfig config_;
     StatusPage page_;
     Domain domain_{};
-    void* private_memory_ = nullptr;  // PrivateState, then layout's histogram
+    void* private_memory_ = nullptr;  // PrivateState, then what dispatch expects, then layout's histogram
     int64_t num_private_bytes_ = 0;
     int num_device_sms_ = 0;
     bool has_bulk_ = false;

@@ -113,6 +113,38 @@ struct Stream {
     DEEPEP_HOST_DEVICE int rows_of(int64_t chunk) const { return static_cast<int>(min_of(num_chunk_rows, num_rows - first_row(chunk))); }
 };
 
+// Who serves which slots of dispatch. Slot k of every stream belongs to place k % places, at both ends. Where each block sends and delivers, it is a
+// place. In teams some blocks send, each for one place, and the last one delivers for the places of all of them.
+enum class BlockRole : int { kBoth, kSender, kDeliverer };
+
+struct BlockPlaces {
+    BlockRole role;
+    int32_t first;  // of those that this block serves
+
+    DEEPEP_HOST_DEVICE static BlockPlaces of(int block, int num_team_senders) {
+        if (num_team_senders == 0) return {BlockRole::kBoth, block};
+        const int team_size = num_team_senders + 1, team = block / team_size, member = block - team * team_size;
+        const bool is_sender = member < num_team_senders;
+        return {is_sender ? BlockRole::kSender : BlockRole::kDeliverer, team * num_team_senders + (is_sender ? member : 0)};
+    }
+    // The last team may have no deliverer.
+    DEEPEP_HOST_DEVICE static int num_places(int num_blocks, int num_team_senders) {
+        return num_blocks - (num_team_senders == 0 ? 0 : num_blocks / (num_team_senders + 1));
+    }
+    DEEPEP_HOST_DEVICE int team(int num_team_senders) const { return first / num_team_senders; }
+    DEEPEP_HOST_DEVICE int num_own(int num_team_senders) const { return role == BlockRole::kDeliverer ? num_team_senders : 1; }
+    DEEPEP_HOST_DEVICE int num_own_slots(int num_slots, int num_places, int num_team_senders) const {
+        const int num_own = this->num_own(num_team_senders), num_last = num_slots % num_places - first;  // places with one slot more
+        return num_slots / num_places * num_own + (num_last < 0 ? 0 : num_last < num_own ? num_last : num_own);
+    }
+    DEEPEP_HOST_DEVICE int slot_of(int index, int num_places, int num_team_senders) const {
+        const int num_own = this->num_own(num_team_senders), round = quotient(index, num_own);
+        return first + index - round * num_own + round * num_places;
+    }
+    // A division takes some 50 cycles, and these are on the way of every row; teams of two and two nodes need none.
+    DEEPEP_HOST_DEVICE static int quotient(int value, int divisor) { return divisor == 1 ? value : value / divisor; }
+};
+
 // --- words ----------------------------------------------------------------------------------------------------------
 //
 // FULL    {epoch, chunk + 1}   dispatch: sender -> forwarder, behind the chunk's bytes (one put with signal): the chunk is in its slot

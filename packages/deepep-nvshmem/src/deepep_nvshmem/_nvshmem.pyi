@@ -156,6 +156,8 @@ class Runtime:
         num_warps: int = 0,
         num_stages: int = 0,
         num_send_warps: int = 0,
+        # Blocks that send for each one that delivers, the same on all ranks; 0: all do both; None: chosen.
+        num_team_senders: int | None = None,
         ticket: int = 0,  # of a notify: first wait for its counts, as wait_counts does
         # Then launch only if all agree, least_rows to capacity rows come, and F <= forward_capacity; else False.
         least_rows: int = 0,

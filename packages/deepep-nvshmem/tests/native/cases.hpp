@@ -43,6 +43,7 @@ struct Case {
     NetworkWindow window;
     std::vector<std::unique_ptr<uint64_t[]>> storage;
     std::vector<uint8_t*> memories;
+    std::vector<DeviceWords> words;
     std::vector<std::unique_ptr<Operation>> operations;
 
     template <class Random>
@@ -59,6 +60,7 @@ struct Case {
         for (int rank = 0; rank < num_ranks; ++rank) {
             storage.push_back(std::make_unique<uint64_t[]>(window.num_bytes() / 8));
             memories.push_back(reinterpret_cast<uint8_t*>(storage.back().get()));
+            words.emplace_back(num_ranks);
         }
         // Near the places where epochs of 24 and 32 bits wrap, now and then.
         constexpr uint32_t kStarts[] = {1, 0xFFFFFE, 0xFFFFFFFE, 77};

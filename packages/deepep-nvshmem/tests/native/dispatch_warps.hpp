@@ -77,24 +77,44 @@ private:
     int32_t chunk_ = 0;
 };
 
-// Opens any chunk that has arrived, and keeps a few rows under way: their loads end when they are delivered, the oldest first.
+// Opens any chunk that has arrived, and keeps a few rows under way: their loads end when they are delivered, the oldest first. In a sender it takes nothing
+// any more once the team's deliverer has begun, and then helps to send.
 class DeliverWarp : public Warp {
 public:
-    DeliverWarp(Block& block, int warp) : Warp(block), first_(warp * 7) {}
+    DeliverWarp(Block& block, int warp) : Warp(block), first_(warp * 7), then_(block, block.shape.num_sending_warps + warp) {}
 
     bool step() override {
-        const bool has_stage = static_cast<int>(under_way_.size()) < block_.shape.num_stages;
-        if (has_stage && next_row_ < num_rows_) return load();
-        if (has_stage && chosen_ >= 0) return open();
-        const bool is_last = peek(&block_.num_chunks_left) == 0;
-        if (has_stage && !is_last && look()) return true;
-        if (!under_way_.empty()) return deliver();
-        if (!is_last && place_.keeps(Rule::kCountChunksLeft)) return false;
-        __atomic_fetch_sub(&block_.num_deliverers_left, 1, __ATOMIC_RELEASE);
-        return end();
+        if (is_sending_) {
+            const bool has_moved = then_.step();
+            return then_.is_over() ? end() : has_moved;
+        }
+        return deliver_step();
     }
 
 private:
+    bool deliver_step() {
+        uint64_t* begun = &place_.words->deliverers_begun[block_.team];
+        const uint64_t is_begun = signal_word(operation_.epoch, 1);
+        if (block_.role == BlockRole::kDeliverer) poke(begun, is_begun);
+        is_relieved_ = is_relieved_ || (block_.role == BlockRole::kSender && (peek(begun) == is_begun || !place_.keeps(Rule::kDeliverUntilRelieved)));
+        if (is_relieved_) {
+            chosen_ = -1;
+            if (!place_.keeps(Rule::kKeepWhatIsHeld)) {
+                num_rows_ = next_row_;
+                under_way_.clear();
+            }
+        }
+        const bool has_stage = static_cast<int>(under_way_.size()) < block_.shape.num_stages;
+        if (has_stage && next_row_ < num_rows_) return load();
+        if (has_stage && chosen_ >= 0) return open();
+        if (has_stage && !is_relieved_ && look()) return true;
+        if (!under_way_.empty()) return deliver();
+        if (!is_relieved_ && !is_everything_over_ && place_.keeps(Rule::kEndBehindLastChunk)) return false;
+        __atomic_fetch_sub(&block_.num_deliverers_left, 1, __ATOMIC_RELEASE);
+        if (block_.role != BlockRole::kSender) return end();
+        return is_sending_ = true;
+    }
+
     struct Row {
         int index;  // of the context
         int32_t chunk;
@@ -107,13 +127,17 @@ private:
 
     bool look() {
         const int count = static_cast<int>(block_.receiving.size());
+        is_everything_over_ = true;
         for (int i = 0; i < count; ++i) {
             const int index = (first_ + i) % count;
-            const int32_t chunk = peek(&block_.next_received[index]);
+            const uint64_t seen = peek(full(index));  // the word may be older than the entry
+            const uint64_t entry = peek(block_.entry(index));
+            const int32_t chunk = block_.chunk_of(entry, block_.receiving[index].slot);
             if (chunk >= block_.received(block_.receiving[index].node).num_chunks()) continue;
-            if (peek(full(index)) == chunk_word(operation_.epoch, chunk)) {
+            is_everything_over_ = false;
+            if (seen == chunk_word(operation_.epoch, chunk)) {
                 chosen_ = index;
-                chosen_chunk_ = chunk;
+                chosen_entry_ = entry;
                 return true;
             }
             if (!place_.keeps(Rule::kNeverWaitForOne)) return false;
@@ -124,11 +148,11 @@ private:
     bool open() {
         const int index = chosen_;
         chosen_ = -1;
-        if (!place_.claim(&block_.next_received[index], chosen_chunk_, chosen_chunk_ + operation_.geometry.num_slots, Rule::kClaimDeliveries)) return true;
+        const int32_t chunk = block_.chunk_of(chosen_entry_, block_.receiving[index].slot);
+        if (!place_.claim(block_.entry(index), chosen_entry_, chunk_word(operation_.epoch, chunk + operation_.geometry.num_slots), Rule::kClaimDeliveries)) return true;
         static_cast<void>(acquire(full(index)));
-        __atomic_fetch_sub(&block_.num_chunks_left, 1, __ATOMIC_RELAXED);
         index_ = index;
-        chunk_ = chosen_chunk_;
+        chunk_ = chunk;
         next_row_ = 0;
         num_rows_ = block_.received(block_.receiving[index].node).rows_of(chunk_);
         return true;
@@ -151,7 +175,10 @@ private:
 
     const int first_;
     int chosen_ = -1;  // by the last look
-    int32_t chosen_chunk_ = 0;
+    uint64_t chosen_entry_ = 0;
+    bool is_everything_over_ = false;  // as of the last look
+    bool is_relieved_ = false, is_sending_ = false;
+    SendWarp then_;
     // The chunk that is being loaded.
     int index_ = 0, next_row_ = 0, num_rows_ = 0;
     int32_t chunk_ = 0;

@@ -17,7 +17,7 @@ using deepep::rdma::Random;
 
 struct {
     uint64_t schedules, operations[2], few_slots, many_rows, reused, rows, empty;
-    uint64_t many_blocks, one_block, skewed, no_tokens, node_without_rows, blocks_without_rows;
+    uint64_t many_blocks, one_block, teams, senders_alone, teams_one_by_one, skewed, no_tokens, node_without_rows, blocks_without_rows;
 } tally;
 
 class Network final : public Port {
@@ -84,6 +84,7 @@ public:
     Schedule(uint64_t seed, Rule broken)
         : random_(seed), seed_(seed), broken_(broken), case_(random_, kNumOperations, kMaxRanksHere, kMaxTokensHere), network_(random_, broken) {
         num_blocks_ = 1 + random_.below(5);
+        num_team_senders_ = random_.below(2) == 0 ? 0 : 1 + random_.below(3);
         shape_ = {static_cast<int>(1 + random_.below(3)), static_cast<int>(1 + random_.below(3)), static_cast<int>(1 + random_.below(3))};
         const bool runs_one_block = random_.below(4) == 0;
         for (int rank = 0; rank < case_.num_ranks; ++rank) {
@@ -91,6 +92,9 @@ public:
             slowness_.push_back(draw_slowness(3));
         }
         tally.one_block += runs_one_block && num_blocks_ > 1;
+        tally.teams += num_team_senders_ > 0 && num_blocks_ > num_team_senders_;
+        tally.senders_alone += num_team_senders_ > 0 && num_blocks_ % (num_team_senders_ + 1) != 0;
+        tally.teams_one_by_one += runs_one_block && num_team_senders_ > 0 && num_blocks_ > num_team_senders_;
         network_share_ = 1 + random_.below(15);
         current_.assign(case_.num_ranks, 0);
         kernels_.resize(case_.num_ranks);
@@ -163,7 +167,8 @@ private:
         Kernel& kernel = kernels_[rank];
         Operation& operation = *case_.operations[current_[rank]];
         while (kernel.num_started < num_blocks_ && static_cast<int>(kernel.running.size()) < num_resident_[rank]) {
-            const Place place{case_.window, case_.memories.data(), rank, case_.num_ranks, kernel.num_started, num_blocks_, broken_, &network_};
+            const Place place{case_.window, case_.memories.data(), rank, case_.num_ranks, kernel.num_started,   num_blocks_,
+                              num_team_senders_, broken_, &network_, &case_.words[rank]};
             auto block = std::make_unique<Block>(place, operation, shape_);
             auto warps = warps_of(*block);
             std::vector<uint32_t> slowness;
@@ -233,7 +238,7 @@ private:
     const Rule broken_;
     Case case_;
     Network network_;
-    int num_blocks_, num_over_ = 0;
+    int num_blocks_, num_team_senders_, num_over_ = 0;
     Block::Shape shape_;
     uint32_t network_share_;
     std::vector<int> num_resident_;
@@ -259,6 +264,9 @@ int main(int num_arguments, char** arguments) {
     print("without rows", tally.empty);
     print("more blocks than slots", tally.many_blocks);
     print("one block at a time", tally.one_block);
+    print("teams of blocks", tally.teams);
+    print("senders without a deliverer", tally.senders_alone);
+    print("teams, one block at a time", tally.teams_one_by_one);
     print("most tokens at one rank", tally.skewed);
     print("a rank without tokens", tally.no_tokens);
     print("a node without rows", tally.node_without_rows);

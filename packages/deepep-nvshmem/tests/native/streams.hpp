@@ -33,11 +33,14 @@ enum class Rule : int {
     kClaimSends,               // one warp sends a chunk: the one that has swapped its entry
     kClaimDeliveries,          // one warp delivers a chunk: the one that has swapped its entry
     kClaimRequests,            // one warp serves a request: the one that has swapped the word
-    kCountChunksLeft,          // a deliver warp ends when no chunk is left to open, not when none is there
+    kEndBehindLastChunk,       // a deliver warp ends when no chunk is left to open, not when none is there
     kReadEndFirst,             // the credit warp reads that the deliver warps have ended before it looks for their last credits
     kFinishInOrder,            // blocks of a slot are finished in their order, also those that wait for no answer
     kTableBeforeWord,          // a forward warp reads what has been served before it reads the request
     kRequestsOutlastSources,   // the request warp goes on behind the last source warp while it can ask
+    kDeliverUntilRelieved,     // a sender delivers until its team's deliverer has begun
+    kKeepWhatIsHeld,           // a sender's warp that is relieved delivers what it has claimed
+    kEntryOfThisOperation,     // an entry of another operation stands for the first chunk of its slot
     kNumRules,
 };
 
@@ -113,7 +116,15 @@ struct Operation {
     }
 };
 
-// Who runs: a block of one rank in one operation.
+// What the blocks of one rank share in device memory, from one operation to the next.
+struct DeviceWords {
+    std::vector<uint64_t> next_chunks;       // of each slot and other node: what is expected, {epoch, chunk + 1}
+    std::vector<uint64_t> deliverers_begun;  // of each team, {epoch, 1}
+
+    explicit DeviceWords(int num_ranks) : next_chunks(static_cast<size_t>(kMaxSlots) * (num_ranks - 1), 0), deliverers_begun(kMaxSlots, 0) {}
+};
+
+// Who runs: a block of one rank in one operation. `num_team_senders`: BlockPlaces.
 struct Place {
     NetworkWindow window;
     uint8_t* const* memories;  // of all ranks
@@ -121,8 +132,10 @@ struct Place {
     int num_ranks;
     int block;
     int num_blocks;
+    int num_team_senders;
     Rule broken;
     Port* port;
+    DeviceWords* words;
 
     uint8_t* own() const { return memories[rank]; }
     bool keeps(Rule rule) const { return broken != rule; }
@@ -160,9 +173,10 @@ struct Block {
     std::vector<int> slots;                     // of one ring
     std::vector<Context> sending, receiving;    // slot by slot; of senders and sources, of forwarders
     // Dispatch.
-    std::vector<int32_t> next_sent, next_received;  // of each context: what goes into its slot next, what is expected; at the start the slot
-    std::vector<int32_t> credits;                   // of each context: chunk + 1 that has been read
-    int32_t num_chunks_left = 0;                    // that no warp has opened
+    BlockRole role = BlockRole::kBoth;
+    int team = 0;
+    std::vector<int32_t> next_sent;  // of each context: what goes into its slot next; at the start the slot
+    std::vector<int32_t> credits;    // of each context: chunk + 1 that has been read
     int32_t num_deliverers_left = 0;
     // Combine.
     std::vector<uint64_t> served;   // of each context: the newest word that a warp has acted upon
@@ -171,18 +185,24 @@ struct Block {
     int32_t num_sources_ended = 0;
 
     Block(const Place& where, Operation& what, const Shape& warps) : place(where), operation(what), shape(warps), num_deliverers_left(warps.num_receiving_warps) {
-        const int num_slots = operation.geometry.num_slots, shift = place.keeps(Rule::kSameBlockServesSlot) ? 0 : 1;
-        for (int slot = place.block; slot < num_slots; slot += place.num_blocks) {
+        const int num_slots = operation.geometry.num_slots;
+        const int num_senders = operation.is_combine ? 0 : place.num_team_senders, num_places = BlockPlaces::num_places(place.num_blocks, num_senders);
+        const BlockPlaces places = BlockPlaces::of(place.block, num_senders);
+        role = places.role;
+        team = num_senders == 0 ? 0 : places.team(num_senders);
+        for (int i = 0; i < places.num_own_slots(num_slots, num_places, num_senders); ++i) {
+            const int slot = places.slot_of(i, num_places, num_senders);
+            CHECK(slot < num_slots, "slot %d of %d", slot, num_slots);
+            if (place.keeps(Rule::kSameBlockServesSlot)) add(receiving, slot);
+            if (role == BlockRole::kDeliverer) continue;
             slots.push_back(slot);
             add(sending, slot);
         }
-        for (int slot = (place.block + shift) % place.num_blocks; slot < num_slots; slot += place.num_blocks) add(receiving, slot);
-        for (const Context& context : sending) next_sent.push_back(context.slot);
-        for (const Context& context : receiving) {
-            next_received.push_back(context.slot);
-            const int64_t num_chunks = received(context.node).num_chunks();
-            if (context.slot < num_chunks) num_chunks_left += static_cast<int32_t>((num_chunks - 1 - context.slot) / num_slots + 1);
+        if (!place.keeps(Rule::kSameBlockServesSlot)) {
+            const BlockPlaces others = BlockPlaces::of((place.block + 1) % place.num_blocks, num_senders);
+            for (int i = 0; i < others.num_own_slots(num_slots, num_places, num_senders); ++i) add(receiving, others.slot_of(i, num_places, num_senders));
         }
+        for (const Context& context : sending) next_sent.push_back(context.slot);
         credits.assign(receiving.size(), 0);
         served.assign(receiving.size(), 0);
         finished.assign(slots.size(), 0);
@@ -191,6 +211,16 @@ struct Block {
     Stream sent(int node) const { return Stream::of(operation.geometry, static_cast<int64_t>(operation.tokens[place.rank][node].size())); }
     Stream received(int node) const {
         return Stream::of(operation.geometry, operation.first_rows[place.rank][node + 1] - operation.first_rows[place.rank][node]);
+    }
+    // Of a receiving context.
+    uint64_t* entry(int index) const {
+        const auto [node, slot] = receiving[index];
+        return &place.words->next_chunks[static_cast<size_t>(slot) * (place.num_ranks - 1) + (node + place.num_ranks - place.rank - 1) % place.num_ranks];
+    }
+    // What an entry says that is expected.
+    int32_t chunk_of(uint64_t entry, int slot) const {
+        const int32_t named = static_cast<int32_t>(signal_value(entry)) - 1;
+        return (signal_epoch(entry) == operation.epoch || !place.keeps(Rule::kEntryOfThisOperation)) && named >= 0 ? named : slot;
     }
     int64_t message_offset(int slot, int row) const { return operation.geometry.slot_offset(slot) + row * operation.geometry.num_message_bytes; }
 

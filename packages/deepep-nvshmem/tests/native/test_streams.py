@@ -34,7 +34,13 @@ OFTEN = (
     "a node without rows",
     "blocks of tokens without rows",
 )
-RARELY = ("without rows", "one block at a time")
+RARELY = (
+    "without rows",
+    "one block at a time",
+    "teams of blocks",
+    "senders without a deliverer",
+    "teams, one block at a time",
+)
 RULES = re.findall(r"^    (k\w+),  ", (HERE / "streams.hpp").read_text(), flags=re.MULTILINE)
 
 # (what window.hpp computes, what it computes by mistake). The schedules must find each.
@@ -54,6 +60,15 @@ MISTAKES = {
     "chunks are larger than slots": (
         "min_of(num_slot_rows, max_of(1, ceil_div(num_rows, num_slots)))",
         "min_of(num_slot_rows + 1, max_of(1, ceil_div(num_rows, num_slots)))",
+    ),
+    "slots behind the last round of places are nobody's": (
+        "num_last < 0 ? 0 : num_last < num_own ? num_last : num_own",
+        "0",
+    ),
+    "a deliverer serves the places of the next team": ("is_sender ? member : 0", "member"),
+    "a team without a deliverer has one place less": (
+        "num_team_senders == 0 ? 0 : num_blocks / (num_team_senders + 1)",
+        "num_team_senders == 0 ? 0 : (num_blocks - 1) / (num_team_senders + 1) + 1",
     ),
     "the last chunk is full": ("min_of(num_chunk_rows, num_rows - first_row(chunk))", "num_chunk_rows"),
     "a word of an earlier operation is taken for this one": (WORD, "signal_word(1, static_cast<uint32_t>(chunk + 1))"),

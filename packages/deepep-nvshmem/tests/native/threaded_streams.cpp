@@ -1,5 +1,5 @@
 // The same warps as threads, over memory that they share: what a warp reads was released to it by a word, or ThreadSanitizer says so. A put
-// copies at once, as it does over NVLink.
+// copies at once, as it does over NVLink. With an even seed a rank has one block; with an odd one a team of two, one that sends and one that delivers.
 //
 //   threaded_streams SEED NUM_OPERATIONS [signals | words | tables]
 //
@@ -19,7 +19,7 @@ using namespace streams;
 
 constexpr int kMaxRanksHere = 3, kMaxTokensHere = 40;
 constexpr Block::Shape kShape{2, 2, 2};
-constexpr int kNumWarps = 5;  // with the one that fences
+constexpr int kNumWarps = 5;  // of a block, with the one that fences
 constexpr auto kPatience = std::chrono::seconds(250);  // of the whole program; what stands still does so for ever
 
 class SharedMemory final : public Port {
@@ -52,7 +52,7 @@ struct KernelEnd {
     std::atomic<uint32_t> num_ended{0};
 };
 
-// One rank: its blocks, one for each operation.
+// One rank: the blocks and the warps of each operation.
 struct Rank {
     std::vector<std::unique_ptr<Block>> blocks;
     std::vector<std::vector<std::unique_ptr<Warp>>> warps;
@@ -70,7 +70,7 @@ void run_warp(Case& group, Rank& own, int rank, int number) {
             CHECK(std::chrono::steady_clock::now() < deadline, "rank %d, warp %d: nothing moves any more in operation %u", rank, number, index);
             std::this_thread::yield();
         }
-        if (end.num_arrived.fetch_add(1, std::memory_order_acq_rel) == kNumWarps - 1) {
+        if (end.num_arrived.fetch_add(1, std::memory_order_acq_rel) + 1 == static_cast<int>(own.warps[index].size())) {
             check_arrivals(operation, rank);
             end.num_arrived.store(0, std::memory_order_relaxed);
             end.num_ended.store(index + 1, std::memory_order_release);
@@ -86,19 +86,25 @@ void run_warp(Case& group, Rank& own, int rank, int number) {
 
 int main(int num_arguments, char** arguments) {
     CHECK(num_arguments == 3 || num_arguments == 4, "usage: threaded_streams SEED NUM_OPERATIONS [signals | words | tables]");
-    deepep::rdma::Random random(std::strtoull(arguments[1], nullptr, 10));
+    const uint64_t seed = std::strtoull(arguments[1], nullptr, 10);
+    const int num_team_senders = static_cast<int>(seed % 2), num_blocks = 1 + num_team_senders;
+    deepep::rdma::Random random(seed);
     Case group(random, std::atoi(arguments[2]), kMaxRanksHere, kMaxTokensHere);
     SharedMemory port(num_arguments == 4 ? arguments[3] : "");
     std::vector<Rank> ranks(group.num_ranks);
     for (int rank = 0; rank < group.num_ranks; ++rank)
         for (const auto& operation : group.operations) {
-            const Place place{group.window, group.memories.data(), rank, group.num_ranks, 0, 1, Rule::kAll, &port};
-            ranks[rank].blocks.push_back(std::make_unique<Block>(place, *operation, kShape));
-            ranks[rank].warps.push_back(warps_of(*ranks[rank].blocks.back()));
-            CHECK(ranks[rank].warps.back().size() == kNumWarps, "%zu warps", ranks[rank].warps.back().size());
+            std::vector<std::unique_ptr<Warp>> warps;
+            for (int number = 0; number < num_blocks; ++number) {
+                const Place place{group.window, group.memories.data(), rank, group.num_ranks, number, num_blocks, num_team_senders, Rule::kAll, &port, &group.words[rank]};
+                ranks[rank].blocks.push_back(std::make_unique<Block>(place, *operation, kShape));
+                for (auto& warp : warps_of(*ranks[rank].blocks.back())) warps.push_back(std::move(warp));
+            }
+            CHECK(static_cast<int>(warps.size()) == num_blocks * kNumWarps, "%zu warps", warps.size());
+            ranks[rank].warps.push_back(std::move(warps));
         }
     std::vector<std::thread> threads;
     for (int rank = 0; rank < group.num_ranks; ++rank)
-        for (int warp = 0; warp < kNumWarps; ++warp) threads.emplace_back(run_warp, std::ref(group), std::ref(ranks[rank]), rank, warp);
+        for (int warp = 0; warp < num_blocks * kNumWarps; ++warp) threads.emplace_back(run_warp, std::ref(group), std::ref(ranks[rank]), rank, warp);
     for (std::thread& thread : threads) thread.join();
 }
