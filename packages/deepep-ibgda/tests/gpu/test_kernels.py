@@ -97,7 +97,7 @@ SHAPES = [
     # Enough tokens and blocks that blocks either send or receive; where a rank has few tokens, its blocks do both.
     Case(num_tokens=(128, 100, 66, 3), num_topk=8, num_experts=64, hidden=1024, num_sms=128),
     Case(num_tokens=(128, 127, 90, 70), routing="repeated", num_topk=6, cast="bf16", with_weights=True, num_sms=96),
-    Case(num_tokens=(128, 90, 128), num_topk=4, num_experts=18, cast="ue8m0", hidden=1536, with_stats=True, num_sms=128),
+    Case(num_tokens=(128, 90, 128), num_topk=4, num_experts=18, cast="ue8m0", hidden=1536, with_stats=True, num_sms=96),
     Case(num_tokens=(128, 90, 70, 0), use_logfmt=True, hidden=2048, num_topk=8, num_experts=64, num_sms=128),
     Case(num_tokens=(260, 200, 250, 259), num_topk=8, num_experts=32, hidden=512, num_sms=128),
     Case(num_tokens=(20,), use_logfmt=True, num_topk=8),
