@@ -71,11 +71,17 @@ class Emulator:
         """Copies behind what the stream holds: what comes next in a stream sees, and may overwrite, this much."""
         self.library.emulator_copy_behind(stream, to, source, num_bytes)
 
-    def open_heaps(self, num_pes: int, num_bytes: int) -> tuple[int, int]:
-        """Symmetric heaps of emulated PEs, of ``_nvshmem`` alone: the address of the first, and their distance."""
+    def open_heaps(self, num_pes: int, num_bytes: int, has_stores: bool) -> tuple[int, int]:
+        """Symmetric heaps of emulated PEs, of ``_nvshmem`` alone: the address of the first, and their distance.
+
+        Args:
+            has_stores: PEs reach each other by stores, as over NVLink; otherwise a network carries what they put.
+        """
         stride = ctypes.c_size_t()
         self.library.emulator_open_heaps.restype = ctypes.c_void_p
-        return self.library.emulator_open_heaps(num_pes, ctypes.c_size_t(num_bytes), ctypes.byref(stride)), stride.value
+        return self.library.emulator_open_heaps(
+            num_pes, ctypes.c_size_t(num_bytes), int(has_stores), ctypes.byref(stride)
+        ), stride.value
 
     def close_heaps(self, base: int) -> None:
         self.library.emulator_close_heaps(ctypes.c_void_p(base))

@@ -1,5 +1,5 @@
 // NVSHMEM with all PEs in one process. A put reads its source and lands in pieces, at any time and in any order; its signal follows its bytes, and
-// nothing orders puts or signals among each other. What is under way when a run ends lands in a later one, or in nvshmem_quiet.
+// nothing orders puts or signals among each other. Heaps may also be reached by stores, as over NVLink: bytes then land at once, and signals late. What is under way when a run ends lands in a later one, or in nvshmem_quiet.
 #include <sys/mman.h>
 
 #include <cstring>
@@ -21,6 +21,7 @@ struct Heaps {
     size_t num_bytes;  // of one
     size_t stride;
     int num_pes;
+    bool has_stores;
 
     // The PE whose heap holds these bytes, or -1.
     int owner(const void* address, size_t num) const {
@@ -85,15 +86,28 @@ bool advance_some() {
 
 bool overlaps(const uint8_t* a, size_t num_a, const uint8_t* b, size_t num_b) { return num_a > 0 && num_b > 0 && a < b + num_b && b < a + num_a; }
 
+// Those that hold the bytes; null: none do.
+const Heaps* heaps_of(const void* address, size_t num_bytes, int pe) {
+    for (const auto& group : groups) {
+        if (group->owner(address, num_bytes) < 0) continue;
+        if (pe < 0 || pe >= group->num_pes) fail("a put goes to PE " + std::to_string(pe) + " of " + std::to_string(group->num_pes));
+        return group.get();
+    }
+    return nullptr;
+}
+
 }  // namespace
 
+void* stored_at(const void* address, size_t num_bytes, int pe) {
+    const Heaps* heaps = heaps_of(address, num_bytes, pe);
+    if (heaps == nullptr) fail("a put goes to no symmetric heap, or leaves it");
+    return heaps->has_stores ? heaps->at_pe(static_cast<uint8_t*>(const_cast<void*>(address)), pe) : nullptr;
+}
+
 void put_later(void* to, const void* from, size_t num_bytes, uint64_t* word, uint64_t value, int pe) {
-    const Heaps* heaps = nullptr;
-    for (const auto& group : groups)
-        if (group->owner(word, 8) >= 0) heaps = group.get();
+    const Heaps* heaps = heaps_of(word, 8, pe);
     if (heaps == nullptr) fail("a signal's word lies in no symmetric heap");
     const int own = heaps->owner(word, 8);
-    if (pe < 0 || pe >= heaps->num_pes) fail("a put goes to PE " + std::to_string(pe) + " of " + std::to_string(heaps->num_pes));
     if (reinterpret_cast<uintptr_t>(word) % 8 != 0) fail("a signal's word is not aligned");
     if (num_bytes > 0 && (heaps->owner(to, num_bytes) != own || heaps->owner(from, num_bytes) != own)) fail("a put leaves the symmetric heap of its PE");
     auto put = std::make_unique<Put>();
@@ -124,7 +138,7 @@ void put_later(void* to, const void* from, size_t num_bytes, uint64_t* word, uin
 }  // namespace emulator
 
 // The heap of PE 0; that of PE r lies r strides further.
-EXPORTED void* emulator_open_heaps(int num_pes, size_t num_bytes, size_t* stride) {
+EXPORTED void* emulator_open_heaps(int num_pes, size_t num_bytes, int has_stores, size_t* stride) {
     constexpr size_t kPage = 4096;
     const size_t rounded = (num_bytes + kPage - 1) / kPage * kPage;
     *stride = rounded + 16 * kPage;
@@ -135,7 +149,7 @@ EXPORTED void* emulator_open_heaps(int num_pes, size_t num_bytes, size_t* stride
         if (mprotect(heap, rounded, PROT_READ | PROT_WRITE) != 0) return nullptr;
         std::memset(heap, 0xa5, rounded);
     }
-    emulator::groups.push_back(std::make_unique<emulator::Heaps>(emulator::Heaps{static_cast<uint8_t*>(base), num_bytes, *stride, num_pes}));
+    emulator::groups.push_back(std::make_unique<emulator::Heaps>(emulator::Heaps{static_cast<uint8_t*>(base), num_bytes, *stride, num_pes, has_stores != 0}));
     return base;
 }
 

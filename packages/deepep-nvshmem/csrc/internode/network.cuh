@@ -27,6 +27,19 @@ __device__ __forceinline__ void put_chunk(void* to, const void* from, int64_t nu
     nvshmemx_putmem_signal_nbi_warp(to, from, static_cast<size_t>(num_bytes), word, value, NVSHMEM_SIGNAL_SET, pe);
 }
 
+// Whether `pe` is reached by stores of the calling threads (over NVLink), and not by a NIC: a put may then read whatever memory they can load from, shared
+// memory too. An SM's loads from device memory wait behind its own stores to other GPUs, so puts out of shared memory are up to twice as fast.
+__device__ __forceinline__ bool has_stores_to(const void* symmetric, int pe) { return nvshmem_ptr(symmetric, pe) != nullptr; }
+
+// By a whole warp, where has_stores_to(pe): copies bytes to the same address at `pe`; `from` may be written again when it returns. The signal of a put_chunk
+// to the same `pe` that this warp makes later comes behind them: that function fences for the whole system in between, behind a warp barrier.
+__device__ __forceinline__ void put_part(void* to, const void* from, int64_t num_bytes, int pe) {
+#if DEEPEP_COUNT_PUTS
+    if (threadIdx.x % 32 == 0) atomicAdd(&put_counts.num_bytes, static_cast<unsigned long long>(num_bytes));
+#endif
+    nvshmemx_putmem_nbi_warp(to, from, static_cast<size_t>(num_bytes), pe);
+}
+
 // By one thread: stores `value` to `word` at `pe`. It orders nothing: accesses that have to come before it need a fence before it.
 __device__ __forceinline__ void set_word(uint64_t* word, uint64_t value, int pe) {
 #if DEEPEP_COUNT_PUTS

@@ -105,6 +105,7 @@ class World:
         max_local_experts: int = 64,
         arena_bytes: int = 4 << 20,
         timeout_s: float = 0.5,
+        has_stores: bool = False,  # ranks of other nodes are reached by stores, as over NVLink
     ) -> None:
         self.num_ranks = num_ranks
         sizes = {
@@ -113,7 +114,7 @@ class World:
             "max_local_experts": max_local_experts,
             "num_ring_bytes": ring_bytes,
         }
-        self._heaps, stride = machine().open_heaps(num_ranks, native().Runtime.network_bytes(**sizes))
+        self._heaps, stride = machine().open_heaps(num_ranks, native().Runtime.network_bytes(**sizes), has_stores)
         storage = [torch.empty(arena_bytes + 256, dtype=torch.uint8) for _ in range(num_ranks)]
         self.arenas = [memory[-memory.data_ptr() % 256 :][:arena_bytes] for memory in storage]
         pointers = [arena.data_ptr() for arena in self.arenas]
