@@ -126,7 +126,7 @@ void bind_runtime(py::module_& m) {
                 uint64_t tokens_to_node, uint64_t unlisted_rdma_head, uint64_t rdma_channel_prefix, uint64_t recv_rdma_rank_prefix, uint64_t recv_gbl_rank_prefix,
                 uint64_t send_nvl_head, int64_t forward_capacity, uint64_t recv_x, uint64_t recv_scales, uint64_t recv_topk_idx, uint64_t recv_topk_weights,
                 uint64_t recv_src_meta, int64_t capacity, bool fill_unused, int num_sms, uint64_t stream, bool use_bulk, int num_warps, int num_stages,
-                int num_send_warps, std::optional<int> num_team_senders, uint32_t ticket, int64_t least_rows, double timeout_s) {
+                int num_send_warps, std::optional<int> num_team_senders, bool may_send_directly, uint32_t ticket, int64_t least_rows, double timeout_s) {
                  DispatchArgs args{};
                  args.message.num_row_bytes = num_row_bytes;
                  args.message.num_scales = num_scales;
@@ -154,7 +154,7 @@ void bind_runtime(py::module_& m) {
                  args.recv_src_meta = pointer<int32_t>(recv_src_meta);
                  args.capacity = capacity;
                  args.fill_unused = fill_unused;
-                 const Tuning tuning{num_sms, use_bulk, num_warps, num_stages, num_send_warps, num_team_senders};
+                 const Tuning tuning{num_sms, use_bulk, num_warps, num_stages, num_send_warps, num_team_senders, may_send_directly};
                  std::optional<py::gil_scoped_release> unlocked;
                  if (ticket != 0) unlocked.emplace();
                  return self.dispatch(args, pointer<int32_t>(unlisted_rdma_head), tuning, {ticket, least_rows, timeout_s}, stream_of(stream));
@@ -163,7 +163,7 @@ void bind_runtime(py::module_& m) {
              "topk_weights"_a, "num_tokens"_a, "num_topk"_a, "num_experts"_a, "is_cached"_a, "dst_rows"_a, "tokens_to_node"_a, "unlisted_rdma_head"_a,
              "rdma_channel_prefix"_a, "recv_rdma_rank_prefix"_a, "recv_gbl_rank_prefix"_a, "send_nvl_head"_a, "forward_capacity"_a, "recv_x"_a, "recv_scales"_a,
              "recv_topk_idx"_a, "recv_topk_weights"_a, "recv_src_meta"_a, "capacity"_a, "fill_unused"_a, "num_sms"_a, "stream"_a, "use_bulk"_a = true,
-             "num_warps"_a = 0, "num_stages"_a = 0, "num_send_warps"_a = 0, "num_team_senders"_a = py::none(), "ticket"_a = 0, "least_rows"_a = 0, "timeout_s"_a = 0.0)
+             "num_warps"_a = 0, "num_stages"_a = 0, "num_send_warps"_a = 0, "num_team_senders"_a = py::none(), "may_send_directly"_a = true, "ticket"_a = 0, "least_rows"_a = 0, "timeout_s"_a = 0.0)
         .def("combine",
              [](Runtime& self, uint64_t x, int64_t num_recv_tokens, int64_t num_row_bytes, uint64_t topk_weights, int num_topk, uint64_t bias_0, uint64_t bias_1,
                 uint64_t recv_rdma_rank_prefix, uint64_t send_rdma_head, uint64_t send_nvl_head, int64_t num_forward_rows, int64_t num_tokens, uint64_t out,

@@ -3,7 +3,8 @@
 //
 // On many SMs blocks form teams, of which one block delivers and the others send (dispatch_streams.cuh says why). On few each block does both.
 //
-// Send warps      pack rows into the send ring's slots and put the slots to the peers' receive rings (dispatch_send.cuh).
+// Send warps      pack rows into the send ring's slots and put the slots to the peers' receive rings (dispatch_send.cuh). In a team's sender, deliver
+//                 warps that have nothing to deliver bring rows into their stages and put them out of there, if stores reach all peers (dispatch_direct.cuh).
 // Deliver warps   bring rows (from the receive rings, or own ones) into shared-memory stages by bulk loads, and empty them by one bulk store per
 //                 destination rank; side data by ordinary stores (dispatch_rows.cuh). Without bulk copies the warp copies.
 // Credit warp     says to the senders which slots are free again.
@@ -13,7 +14,9 @@
 // No deadlock: delivering depends on data and on READY, which every rank posts before it waits for anything; sending depends on delivering
 // alone, and neither kind of warp waits for one stream while another can go on.
 #include "internode/dispatch_rows.cuh"
+#include "internode/dispatch_direct.cuh"
 #include "internode/dispatch_send.cuh"
+#include "internode/stages.cuh"
 #include "internode/trace.cuh"
 #include "kernels/completion.cuh"
 
@@ -28,15 +31,6 @@ struct Shared {
     uint32_t is_last;
     int block;
     int num_deliverers_left;
-};
-
-// What a stage's row still needs when it is delivered.
-struct StagedItem {
-    int32_t forward_row;
-    int32_t src_rank;
-    int32_t part;
-    int32_t credited;
-    int32_t chunk;
 };
 
 // Dynamic shared memory: the deliver warps' stages (or side parts), what they hold, the streams, the contexts' chunks.
@@ -61,32 +55,25 @@ struct DynamicShared {
         credits = next_sent + args.num_block_contexts;
         returned = credits + args.num_block_contexts;
     }
+
+#if DEEPEP_HAS_BULK
+    // Of a deliver warp.
+    __device__ StageRing ring(const DispatchArgs& args, int warp) const {
+        return {args, stages + static_cast<int64_t>(warp) * args.num_stages * args.num_stage_bytes, barriers + warp * args.num_stages, items + warp * args.num_stages};
+    }
+#endif
 };
 
 #if DEEPEP_HAS_BULK
-// One warp's ring of stages. Lane 0 issues every bulk copy.
 class DeliverWarp {
 public:
-    __device__ DeliverWarp(const DispatchArgs& args, const WaitContext& context, const nvlink::Handshake& handshake, const DynamicShared& dynamic, const Delivery& delivery, RowQueue& queue,
-                           int warp)
-        : args_(args), context_(context), handshake_(handshake), delivery_(delivery), queue_(queue), lane_(threadIdx.x % 32) {
-        stages_ = dynamic.stages + static_cast<int64_t>(warp) * args.num_stages * args.num_stage_bytes;
-        barriers_ = dynamic.barriers + warp * args.num_stages;
-        items_ = dynamic.items + warp * args.num_stages;
-    }
-
-    __device__ void prepare() {
-        if (lane_ == 0) {
-            for (int stage = 0; stage < args_.num_stages; ++stage) ptx::mbarrier_init(barriers_ + stage, 1);
-            ptx::fence_mbarrier_init();
-        }
-        __syncwarp();
-    }
+    __device__ DeliverWarp(const DispatchArgs& args, const WaitContext& context, const nvlink::Handshake& handshake, const Delivery& delivery, RowQueue& queue, StageRing& ring)
+        : args_(args), context_(context), handshake_(handshake), delivery_(delivery), queue_(queue), ring_(ring), lane_(threadIdx.x % 32) {}
 
     // Needs nothing from the ranks of this node, so it may run while their READY is on its way.
     __device__ void fill() {
         Item item;
-        while (num_in_flight_ < args_.num_stages - 1 && queue_.next(item)) load(item);
+        while (ring_.num_in_flight < args_.num_stages - 1 && queue_.next(item)) load(item);
     }
 
     __device__ void run() {
@@ -96,7 +83,7 @@ public:
         int num_idle = 0;
         while (true) {
             fill();
-            if (num_in_flight_ > 0) {
+            if (ring_.num_in_flight > 0) {
                 deliver();
                 start_ns = 0;
                 num_idle = 0;
@@ -114,9 +101,9 @@ public:
 private:
     __device__ void load(const Item& item) {
         const DispatchMessage& message = args_.message;
-        uint8_t* stage = stages_ + static_cast<int64_t>(load_stage_) * args_.num_stage_bytes;
+        uint8_t* stage = ring_.stage_to_load();
         uint8_t* side = stage + args_.side_begin();
-        uint64_t* barrier = barriers_ + load_stage_;
+        uint64_t* barrier = ring_.barrier_to_load();
         // The stage was emptied one delivery before the newest at least.
         if (lane_ == 0) ptx::bulk_wait_read<1>();
         __syncwarp();
@@ -131,7 +118,7 @@ private:
             constexpr int kHeadBytes = 4 * kMaxNodeRanks;
             const int num_bytes = args_.parts.num_bytes(item.part);
             const int num_side_bytes = is_own ? (args_.loads_scales ? message.num_scales * 4 : 0) : message.num_sent_side_bytes();
-            items_[load_stage_] = {item.forward_row, item.src_rank, item.part, item.credited, item.chunk};
+            ring_.item_to_load() = {item.forward_row, item.src_rank, item.part, item.credited, item.chunk};
             ptx::mbarrier_arrive_expect(barrier, num_bytes + num_side_bytes + (args_.loads_heads ? kHeadBytes : 0));
             ptx::bulk_load(stage, item.row, num_bytes, barrier);
             if (args_.loads_heads)
@@ -140,16 +127,14 @@ private:
                 ptx::bulk_load(side, is_own ? reinterpret_cast<const uint8_t*>(args_.scales + static_cast<int64_t>(item.token) * args_.scales_stride_token) : item.side,
                                num_side_bytes, barrier);
         }
-        ++num_in_flight_;
-        load_stage_ = load_stage_ + 1 == args_.num_stages ? 0 : load_stage_ + 1;
+        ring_.loaded();
     }
 
     __device__ void deliver() {
         const DispatchMessage& message = args_.message;
-        const uint8_t* stage = stages_ + static_cast<int64_t>(deliver_stage_) * args_.num_stage_bytes;
+        const uint8_t* stage = ring_.wait_for_stage();
         const uint8_t* side = stage + args_.side_begin();
-        ptx::mbarrier_wait(barriers_ + deliver_stage_, parity_);
-        const StagedItem item = items_[deliver_stage_];
+        const StagedItem item = ring_.item_to_take();
         const int32_t head = checked_head(args_, context_, handshake_, side);
         const uint32_t mask = __ballot_sync(~0u, head >= 0);
         if (lane_ == 0) {
@@ -172,11 +157,7 @@ private:
         DEEPEP_TRACE(if (lane_ == 0) stamp_first(kRowDelivered), stamp_last(kRowDelivered), count_moved(kMovedByReceivers));
         ptx::fence_async_shared();  // these ordinary reads come before the next bulk load into the stage
         __syncwarp();
-        --num_in_flight_;
-        if (++deliver_stage_ == args_.num_stages) {
-            deliver_stage_ = 0;
-            parity_ ^= 1;
-        }
+        ring_.taken();
     }
 
     const DispatchArgs& args_;
@@ -184,14 +165,8 @@ private:
     const nvlink::Handshake& handshake_;
     const Delivery& delivery_;
     RowQueue& queue_;
+    StageRing& ring_;
     const int lane_;
-    uint8_t* stages_;
-    uint64_t* barriers_;
-    StagedItem* items_;
-    int num_in_flight_ = 0;
-    int load_stage_ = 0;
-    int deliver_stage_ = 0;
-    uint32_t parity_ = 0;
 };
 #endif
 
@@ -316,8 +291,9 @@ __global__ void __launch_bounds__(kMaxThreads, 1) dispatch_rows_kernel(const __g
     bool delivers = is_deliverer && role != BlockRole::kSender;
     if (delivers) queue.begin(deliverer);
 #if DEEPEP_HAS_BULK
-    DeliverWarp deliver_warp(args, context, shared.handshake, dynamic, delivery, queue, is_deliverer ? deliverer : 0);
-    if (args.use_bulk && is_deliverer) deliver_warp.prepare();
+    StageRing ring = dynamic.ring(args, is_deliverer ? deliverer : 0);
+    DeliverWarp deliver_warp(args, context, shared.handshake, delivery, queue, ring);
+    if (args.use_bulk && is_deliverer) ring.prepare();
     if (args.use_bulk && delivers) deliver_warp.fill();
 #endif
     nvlink::exchange_grants(domain.local, context, shared.handshake, sizes, own);
@@ -349,7 +325,15 @@ __global__ void __launch_bounds__(kMaxThreads, 1) dispatch_rows_kernel(const __g
     // In a sender, warps that have nothing more to deliver help to send.
     const bool sends = role == BlockRole::kSender || (role == BlockRole::kBoth && is_sender);
     if (sends && !shared.handshake.is_failed) {
-        SendWarp(args, context, contexts, dynamic.sent, dynamic.next_sent, warp).run();
+        const SendClaims claims(args, context, contexts, dynamic.sent, dynamic.next_sent, warp);
+        const uint64_t* relief = nullptr;
+#if DEEPEP_HAS_BULK
+        if (args.may_send_directly && role == BlockRole::kSender && has_stores_to_all(args)) relief = contexts.deliverer_begun();
+        if (relief != nullptr && is_deliverer)
+            DirectSendWarp(args, context, claims, ring).run();
+        else
+#endif
+            SendWarp(args, context, claims, relief).run();
         DEEPEP_TRACE(if (threadIdx.x % 32 == 0) stamp_last(kSendingOver));
     }
     if (args.fill_unused) fill_unused_rows(args, dynamic.received);

@@ -1,5 +1,6 @@
 #pragma once
-// Dispatch, sending: a warp packs the rows of a chunk into its slot of the send ring and puts the slot to the peer's receive ring.
+// Dispatch, sending: a warp packs the rows of a chunk into its slot of the send ring and puts the slot to the peer's receive ring. (Where stores reach all
+// peers, the senders of teams do without the ring: dispatch_direct.cuh.)
 //
 //   CREDIT {epoch, chunk + 1}  forwarder -> sender: both slots of that chunk are free. Acquired before the first store of the next chunk.
 // A warp takes whatever chunk of its block can go and never waits for one slot while another can go on. It ends when all chunks have been credited, so that
@@ -11,64 +12,83 @@
 namespace deepep::internode {
 namespace {
 
-class SendWarp {
+// A chunk that this warp has taken, the same in all lanes.
+struct Claim {
+    int index;  // its context
+    int node;
+    int slot;
+    int chunk;
+};
+
+// The chunks of a block's sending contexts, which its warps share out among themselves.
+class SendClaims {
 public:
-    __device__ SendWarp(const DispatchArgs& args, const WaitContext& context, const BlockContexts& contexts, const StreamShape* streams, int32_t* next_chunks, int warp)
+    enum class Found { kChunk, kMoved, kNothing, kOver };
+
+    __device__ SendClaims(const DispatchArgs& args, const WaitContext& context, const BlockContexts& contexts, const StreamShape* streams, int32_t* next_chunks, int warp)
         : args_(args), context_(context), contexts_(contexts), streams_(streams), next_chunks_(next_chunks), warp_(warp), lane_(threadIdx.x % 32) {}
 
-    __device__ void run() {
+    // Looks once around all contexts, or until it has taken a chunk. `waiting`: one of this lane's contexts that cannot go on.
+    __device__ Found look(Claim& claim, Waiting& waiting) {
         const int count = contexts_.count();
-        int num_idle = 0;
-        uint64_t start_ns = 0;
-        while (true) {
-            Waiting waiting;
-            bool has_moved = false, is_over = true;
-            for (int base = 0; base < count; base += 32) {
-                const int index = base + lane_;
-                int node = 0, slot = 0, chunk = kOver;
-                if (index < count) {
-                    node = contexts_.node_of(index);
-                    slot = contexts_.slot_of(index);
-                    chunk = peek(next_chunks_ + index);
-                }
-                bool is_ready = chunk >= 0 && is_free(node, slot, chunk, waiting);
-                if (is_ready && chunk >= streams_[node].num_chunks) {
-                    acquire_credit(node, slot, chunk);
-                    next_chunks_[index] = chunk = kOver;
-                    is_ready = false;
-                }
-                is_over = is_over && !__any_sync(~0u, chunk != kOver);
-                const uint32_t mask = __ballot_sync(~0u, is_ready);
-                if (mask == 0) continue;
-                const int source = choose_lane(mask, warp_);
-                bool is_mine = false;
-                if (lane_ == source && atomicCAS(next_chunks_ + index, chunk, kTaken) == chunk) {
-                    acquire_credit(node, slot, chunk);
-                    is_mine = true;
-                }
-                has_moved = true;
-                if (!__shfl_sync(~0u, is_mine, source)) continue;
-                send_chunk(__shfl_sync(~0u, node, source), __shfl_sync(~0u, slot, source), __shfl_sync(~0u, chunk, source));
-                if (is_mine) atomicExch(next_chunks_ + index, chunk + args_.geometry.num_slots);
-                DEEPEP_TRACE(if (is_mine) stamp_first(kChunkSent), stamp_last(kChunkSent), count_moved(kMovedBySenders));
+        bool has_moved = false, is_over = true;
+        for (int looked = 0; looked < count; looked += 32) {
+            const int index = base_ + lane_;
+            base_ = base_ + 32 < count ? base_ + 32 : 0;
+            int node = 0, slot = 0, chunk = kOver;
+            if (index < count) {
+                node = contexts_.node_of(index);
+                slot = contexts_.slot_of(index);
+                chunk = peek(next_chunks_ + index);
             }
-            if (is_over) return;
-            if (has_moved) {
-                num_idle = 0;
-                start_ns = 0;
-                continue;
+            bool is_ready = chunk >= 0 && is_free(node, slot, chunk, waiting);
+            if (is_ready && chunk >= streams_[node].num_chunks) {
+                acquire_credit(node, slot, chunk);
+                next_chunks_[index] = chunk = kOver;
+                is_ready = false;
             }
-            __nanosleep(kIdleNs);
-            if (++num_idle == kIdlePasses) {
-                num_idle = 0;
-                if (is_hopeless(context_, Phase::kCredit, waiting, start_ns)) return;
+            is_over = is_over && !__any_sync(~0u, chunk != kOver);
+            const uint32_t mask = __ballot_sync(~0u, is_ready);
+            if (mask == 0) continue;
+            has_moved = true;
+            const int source = choose_lane(mask, warp_);
+            bool is_mine = false;
+            if (lane_ == source && atomicCAS(next_chunks_ + index, chunk, kTaken) == chunk) {
+                acquire_credit(node, slot, chunk);
+                is_mine = true;
             }
+            if (!__shfl_sync(~0u, is_mine, source)) continue;
+            claim = {__shfl_sync(~0u, index, source), __shfl_sync(~0u, node, source), __shfl_sync(~0u, slot, source), __shfl_sync(~0u, chunk, source)};
+            return Found::kChunk;  // the credit, acquired by one lane and joined by the shuffles' warp barriers, permits the stores of all
         }
+        return is_over ? Found::kOver : has_moved ? Found::kMoved : Found::kNothing;
+    }
+
+    // The chunk has been put: the context goes on with its next one.
+    __device__ void release(int index, int chunk) const {
+        if (lane_ == 0) atomicExch(next_chunks_ + index, chunk + args_.geometry.num_slots);
+        DEEPEP_TRACE(if (lane_ == 0) stamp_first(kChunkSent), stamp_last(kChunkSent), count_moved(kMovedBySenders));
+    }
+
+    __device__ int num_rows(int node, int chunk) const {
+        const StreamShape& stream = streams_[node];
+        return static_cast<int>(min_of(stream.num_chunk_rows, stream.num_rows - chunk * stream.num_chunk_rows));
+    }
+    // Of the chunk's row of this lane, or -1.
+    __device__ int32_t token(int node, int chunk) const {
+        return lane_ < num_rows(node, chunk) ? args_.tokens_to_node[node * args_.num_tokens + chunk * streams_[node].num_chunk_rows + lane_] : -1;
+    }
+    __device__ uint8_t* target(int node, int slot) const {
+        return args_.domain.window.receive_ring(args_.domain.network, node, args_.node) + args_.geometry.slot_offset(slot);
+    }
+    // By the whole warp: bytes with which the chunk is complete, and the word that says so.
+    __device__ void put_with_word(int node, int slot, int chunk, uint8_t* to, const uint8_t* from, int64_t num_bytes) const {
+        const Domain& domain = args_.domain;
+        network::put_chunk(to, from, num_bytes, domain.window.full(domain.network, NetworkWindow::kDispatchFull, args_.node) + slot, chunk_word(context_.epoch, chunk),
+                           domain.group.peer_of(node));
     }
 
 private:
-    static constexpr unsigned kIdleNs = 100;  // between looks at words that many warps look at
-
     // Whether the chunk before this one in its slot has left both ends' slots (behind the last chunk: whether the slot is over).
     __device__ bool is_free(int node, int slot, int chunk, Waiting& waiting) const {
         const int before = chunk - args_.geometry.num_slots;
@@ -87,59 +107,127 @@ private:
             static_cast<void>(ptx::load_acquire_sys(args_.domain.window.credit(args_.domain.network, node) + slot));
     }
 
-    __device__ void send_chunk(int node, int slot, int chunk) {
+    const DispatchArgs& args_;
+    const WaitContext& context_;
+    const BlockContexts& contexts_;
+    const StreamShape* streams_;
+    int32_t* next_chunks_;  // of this block's contexts: what goes into each slot next; kOver when the slot is over
+    const int warp_;
+    const int lane_;
+    int base_ = 0;  // where the next look begins
+};
+
+// How long a sending warp has found nothing to do.
+class SendPatience {
+public:
+    __device__ void renew() {
+        num_idle_ = 0;
+        start_ns_ = 0;
+    }
+    // By the whole warp, which has found nothing: true if it is to give up.
+    __device__ bool is_exhausted(const WaitContext& context, const Waiting& waiting) {
+        __nanosleep(kIdleNs);
+        if (++num_idle_ < kIdlePasses) return false;
+        num_idle_ = 0;
+        return is_hopeless(context, Phase::kCredit, waiting, start_ns_);
+    }
+
+private:
+    static constexpr unsigned kIdleNs = 100;  // between looks at words that many warps look at
+    int num_idle_ = 0;
+    uint64_t start_ns_ = 0;
+};
+
+// The side part of a row for a node, as it travels; scales only if `has_scales`. By the whole warp, without a barrier. Loads come before stores, so that
+// what the caller does in between hides them.
+class SidePart {
+public:
+    __device__ SidePart(const DispatchArgs& args, int node, int64_t token, bool has_scales) : args_(args), token_(token), lane_(threadIdx.x % 32) {
+        const DispatchMessage& message = args.message;
+        const bool is_known = token >= 0 && token < args.num_tokens;
+        num_scales_ = is_known && has_scales ? message.num_scales : 0;
+        if (is_known && !message.is_cached) {
+            if (lane_ < message.num_topk) {
+                const int64_t chosen = args.topk_idx[token * message.num_topk + lane_];
+                if (chosen >= 0 && chosen < args.num_experts) expert_ = static_cast<int32_t>(chosen);
+                weight_ = args.topk_weights[token * message.num_topk + lane_];
+            }
+            if (lane_ < message.num_heads) head_ = args.dst_rows[token * args.domain.group.num_ranks + node * args.domain.group.ranks_per_node + lane_];
+        }
+#pragma unroll
+        for (int i = 0; i < kEarly; ++i)
+            if (lane_ + i * 32 < num_scales_) early_[i] = scales()[(lane_ + i * 32) * args.scales_stride_col];
+    }
+
+    __device__ void store(uint8_t* side) const {
+        const DispatchMessage& message = args_.message;
+#pragma unroll
+        for (int i = 0; i < kEarly; ++i)
+            if (lane_ + i * 32 < num_scales_) reinterpret_cast<uint32_t*>(side)[lane_ + i * 32] = early_[i];
+        for (int col = lane_ + kEarly * 32; col < num_scales_; col += 32) reinterpret_cast<uint32_t*>(side)[col] = scales()[col * args_.scales_stride_col];
+        if (message.is_cached) return;
+        if (lane_ < message.num_topk) {
+            reinterpret_cast<int32_t*>(side + message.topk_idx_offset())[lane_] = expert_;
+            reinterpret_cast<float*>(side + message.weights_offset())[lane_] = weight_;
+        }
+        if (lane_ < message.num_heads) reinterpret_cast<int32_t*>(side + message.heads_offset())[lane_] = head_;
+        if (lane_ == 0) *reinterpret_cast<int32_t*>(side + message.token_offset()) = static_cast<int32_t>(token_);
+    }
+
+private:
+    static constexpr int kEarly = 2;
+    __device__ const uint32_t* scales() const { return args_.scales + token_ * args_.scales_stride_token; }
+
+    const DispatchArgs& args_;
+    const int64_t token_;
+    const int lane_;
+    int num_scales_ = 0;
+    int32_t expert_ = -1;
+    int32_t head_ = -1;
+    float weight_ = 0.0f;
+    uint32_t early_[kEarly];
+};
+
+class SendWarp {
+public:
+    // `relief`: the word that says that a block's other warps send everything, {epoch, 1}; null: they do not.
+    __device__ SendWarp(const DispatchArgs& args, const WaitContext& context, const SendClaims& claims, const uint64_t* relief)
+        : args_(args), context_(context), claims_(claims), relief_(relief), lane_(threadIdx.x % 32) {}
+
+    __device__ void run() {
+        SendPatience patience;
+        while (true) {
+            if (relief_ != nullptr && __shfl_sync(~0u, ptx::load_relaxed_sys(relief_), 0) == signal_word(context_.epoch, 1)) return;
+            Claim claim;
+            Waiting waiting;
+            const SendClaims::Found found = claims_.look(claim, waiting);
+            if (found == SendClaims::Found::kOver) return;
+            if (found == SendClaims::Found::kNothing) {
+                if (patience.is_exhausted(context_, waiting)) return;
+                continue;
+            }
+            patience.renew();
+            if (found == SendClaims::Found::kChunk) send_chunk(claim);
+        }
+    }
+
+private:
+    __device__ void send_chunk(const Claim& claim) {
         const Domain& domain = args_.domain;
-        const Group& group = domain.group;
-        const NetworkWindow& window = domain.window;
-        const StreamShape& stream = streams_[node];
-        const int first = chunk * stream.num_chunk_rows;
-        const int num_rows = static_cast<int>(min_of(stream.num_chunk_rows, stream.num_rows - first));
-        const int64_t offset = args_.geometry.slot_offset(slot), num_message_bytes = args_.geometry.num_message_bytes;
-        uint8_t* here = window.send_ring(domain.network, group.node(), node) + offset;
-        __syncwarp();  // the credit, acquired by one lane, permits the stores of all
-        const int32_t tokens = lane_ < num_rows ? args_.tokens_to_node[node * args_.num_tokens + first + lane_] : -1;
-        for (int i = 0; i < num_rows; ++i) pack_row(node, __shfl_sync(~0u, tokens, i), here + i * num_message_bytes);
-        network::put_chunk(window.receive_ring(domain.network, node, group.node()) + offset, here, num_rows * num_message_bytes,
-                           window.full(domain.network, NetworkWindow::kDispatchFull, group.node()) + slot, chunk_word(context_.epoch, chunk), group.peer_of(node));
+        const int num_rows = claims_.num_rows(claim.node, claim.chunk);
+        const int64_t num_message_bytes = args_.geometry.num_message_bytes;
+        uint8_t* here = domain.window.send_ring(domain.network, args_.node, claim.node) + args_.geometry.slot_offset(claim.slot);
+        const int32_t tokens = claims_.token(claim.node, claim.chunk);
+        for (int i = 0; i < num_rows; ++i) pack_row(claim.node, __shfl_sync(~0u, tokens, i), here + i * num_message_bytes);
+        claims_.put_with_word(claim.node, claim.slot, claim.chunk, claims_.target(claim.node, claim.slot), here, num_rows * num_message_bytes);
+        claims_.release(claim.index, claim.chunk);
     }
 
     __device__ void pack_row(int node, int64_t token, uint8_t* to) {
         const DispatchMessage& message = args_.message;
-        const Group& group = args_.domain.group;
-        const bool is_known = token >= 0 && token < args_.num_tokens;
-        // Side data first: its loads are under way while the row is copied.
-        int32_t expert = -1, head = -1;
-        float weight = 0.0f;
-        if (is_known && !message.is_cached) {
-            if (lane_ < message.num_topk) {
-                const int64_t chosen = args_.topk_idx[token * message.num_topk + lane_];
-                if (chosen >= 0 && chosen < args_.num_experts) expert = static_cast<int32_t>(chosen);
-                weight = args_.topk_weights[token * message.num_topk + lane_];
-            }
-            if (lane_ < message.num_heads) head = args_.dst_rows[token * group.num_ranks + node * group.ranks_per_node + lane_];
-        }
-        uint8_t* side = to + message.side_offset();
-        if (is_known) {
-            constexpr int kEarly = 2;
-            const uint32_t* scales = args_.scales + token * args_.scales_stride_token;
-            uint32_t early[kEarly];
-#pragma unroll
-            for (int i = 0; i < kEarly; ++i)
-                if (lane_ + i * 32 < message.num_scales) early[i] = scales[(lane_ + i * 32) * args_.scales_stride_col];
-            copy_row(to, args_.x + token * message.num_row_bytes, message.num_row_bytes);
-#pragma unroll
-            for (int i = 0; i < kEarly; ++i)
-                if (lane_ + i * 32 < message.num_scales) reinterpret_cast<uint32_t*>(side)[lane_ + i * 32] = early[i];
-            for (int col = lane_ + kEarly * 32; col < message.num_scales; col += 32)
-                reinterpret_cast<uint32_t*>(side)[col] = scales[col * args_.scales_stride_col];
-        }
-        if (message.is_cached) return;
-        if (lane_ < message.num_topk) {
-            reinterpret_cast<int32_t*>(side + message.topk_idx_offset())[lane_] = expert;
-            reinterpret_cast<float*>(side + message.weights_offset())[lane_] = weight;
-        }
-        if (lane_ < message.num_heads) reinterpret_cast<int32_t*>(side + message.heads_offset())[lane_] = head;
-        if (lane_ == 0) *reinterpret_cast<int32_t*>(side + message.token_offset()) = static_cast<int32_t>(token);
+        const SidePart side(args_, node, token, true);
+        if (token >= 0 && token < args_.num_tokens) copy_row(to, args_.x + token * message.num_row_bytes, message.num_row_bytes);
+        side.store(to + message.side_offset());
     }
 
     __device__ void copy_row(uint8_t* to, const uint8_t* from, int64_t num_bytes) const {
@@ -160,10 +248,8 @@ private:
 
     const DispatchArgs& args_;
     const WaitContext& context_;
-    const BlockContexts& contexts_;
-    const StreamShape* streams_;
-    int32_t* next_chunks_;  // of this block's contexts: what goes into each slot next; -1 when the slot is over
-    const int warp_;
+    SendClaims claims_;
+    const uint64_t* relief_;
     const int lane_;
 };
 

@@ -60,6 +60,7 @@ void shape_dispatch(DispatchArgs& args, const Tuning& tuning, bool has_bulk) {
         args.num_deliver_warps = static_cast<int>(min_of(num_usual_deliver_warps, most_warps));
         args.num_stages = 1;
     }
+    args.may_send_directly = is_divided && tuning.may_send_directly && args.use_bulk && args.parts.num_parts == 1;
     const int num_stages = args.num_deliver_warps * args.num_stages;
     args.num_dynamic_bytes = num_stages * (args.num_stage_bytes + kItemBytes) + 16 + num_table_bytes;
     if (!args.use_bulk && args.num_dynamic_bytes > kMaxPlainSharedBytes)

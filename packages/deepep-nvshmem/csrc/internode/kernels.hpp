@@ -142,6 +142,7 @@ struct DispatchArgs {
     bool loads_heads;    // a cached dispatch's heads can be loaded in bulk
     int num_team_senders;  // blocks that send for each one that delivers; 0: every block does both
     int num_places;        // parts of the slots, each served by one sender
+    bool may_send_directly;  // to peers that are reached by stores, out of shared memory
     int node;              // as the group says, without divisions in the kernel
     int num_nodes;
     int num_deliver_warps;
@@ -196,6 +197,7 @@ struct Tuning {
     int num_stages;
     int num_send_warps;
     std::optional<int> num_team_senders = std::nullopt;  // the same on all ranks
+    bool may_send_directly = true;
 };
 
 cudaError_t launch_layout(const LayoutArgs& args, cudaStream_t stream);

@@ -158,6 +158,7 @@ class Runtime:
         num_send_warps: int = 0,
         # Blocks that send for each one that delivers, the same on all ranks; 0: all do both; None: chosen.
         num_team_senders: int | None = None,
+        may_send_directly: bool = True,
         ticket: int = 0,  # of a notify: first wait for its counts, as wait_counts does
         # Then launch only if all agree, least_rows to capacity rows come, and F <= forward_capacity; else False.
         least_rows: int = 0,

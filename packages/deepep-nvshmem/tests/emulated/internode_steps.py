@@ -46,6 +46,7 @@ def world_of(case: Case, *, order: int = 1, arena_bytes: int = 24 << 20) -> Worl
         chunk_bytes=case.chunk_bytes,
         max_local_experts=case.num_experts // case.num_ranks,
         arena_bytes=arena_bytes,
+        has_stores=case.has_stores,
     )
     WORLDS.append(world)
     return world

@@ -55,6 +55,7 @@ class Case:
     use_bulk: bool = True
     tuning: tuple[tuple[str, int], ...] = (("num_send_warps", 4),)  # of dispatch; fewer warps run faster here
     num_forward_warps: int = 0  # of combine
+    has_stores: bool = False  # ranks of other nodes are reached by stores, as over NVLink
     seed: int = 0
 
     @property
@@ -84,6 +85,7 @@ class Case:
         ]
         parts += [f"S{self.num_scales}{self.scales_layout}"] if self.num_scales else []
         parts += [f"ring{self.num_ring_messages}"] if self.num_ring_messages else []
+        parts += ["stores"] if self.has_stores else []
         parts += [f"{self.num_sms}sms"] + ([] if self.use_bulk else ["plain"])
         parts += [f"{name}{value}" for name, value in self.tuning if self.tuning != Case.tuning]
         return "_".join(parts) + (f"_seed{self.seed}" if self.seed else "")

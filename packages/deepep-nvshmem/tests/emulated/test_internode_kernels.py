@@ -109,10 +109,12 @@ def test_dispatch_and_combine_agree_with_tensor_arithmetic(case: Case) -> None:
     round_trips(case)
 
 
-@pytest.mark.parametrize("use_bulk", [True, False], ids=["bulk", "plain"])
+@pytest.mark.parametrize(
+    ("use_bulk", "has_stores"), [(True, False), (False, False), (True, True)], ids=["bulk", "plain", "stores"]
+)
 @pytest.mark.parametrize("case", ROWS, ids=lambda case: case.name)
-def test_rows_of_any_size_with_any_scales_travel(case: Case, use_bulk: bool) -> None:
-    round_trips(replace(case, use_bulk=use_bulk))
+def test_rows_of_any_size_with_any_scales_travel(case: Case, use_bulk: bool, has_stores: bool) -> None:
+    round_trips(replace(case, use_bulk=use_bulk, has_stores=has_stores))
 
 
 def test_each_choice_of_an_expert_that_is_named_again_counts() -> None:
@@ -139,7 +141,7 @@ WINDOWS = [
 @pytest.mark.parametrize("order", [1, 2])
 @pytest.mark.parametrize("case", WINDOWS, ids=lambda case: case.name)
 def test_a_window_of_few_slots_carries_many_rows(case: Case, order: int) -> None:
-    round_trips(replace(case, use_bulk=order == 1), order=order)
+    round_trips(replace(case, use_bulk=order == 1, has_stores=order == 2), order=order)
 
 
 @pytest.mark.parametrize(
@@ -187,6 +189,7 @@ def generated(seed: int) -> Case:
         num_sms=draw.choice([1, 2, 3, 6]),
         use_bulk=draw.random() < 0.7,
         num_forward_warps=draw.choice([0, 0, 1, 5, 18]),
+        has_stores=draw.random() < 0.5,
         seed=seed,
     )
 
@@ -224,6 +227,7 @@ BLIND = [
 @pytest.mark.parametrize("case", BLIND, ids=lambda case: case.name)
 def test_calls_launched_one_after_the_other_do_not_disturb_each_other(case: Case, order: int) -> None:
     """Some ranks are whole operations ahead of others; late puts of one operation meet the next one."""
+    case = replace(case, has_stores=order == 1)
     world = world_of(case, order=order)
     steps = []
     for _ in range(2):

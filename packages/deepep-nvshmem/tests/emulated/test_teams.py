@@ -25,13 +25,13 @@ def with_team(case: Case, senders: int, num_sms: int, warps: int = 3, sends: int
     return replace(case, num_sms=num_sms, tuning=tuple(tuning.items()))
 
 
-@pytest.mark.parametrize("use_bulk", [True, False])
-@pytest.mark.parametrize(
-    "senders,num_sms", [(1, 1), (1, 2), (1, 3), (2, 3), (2, 4), (2, 5), (3, 4), (3, 3), (7, 8), (7, 9), (1, 8)]
-)
+@pytest.mark.parametrize("has_stores", [False, True], ids=["network", "stores"])
+@pytest.mark.parametrize("senders,num_sms", [(1, 1), (1, 2), (1, 3), (2, 3), (2, 5), (3, 3), (7, 9), (1, 8)])
 @pytest.mark.parametrize("case", [t.WINDOWS[0], t.WINDOWS[7], t.GROUPS[2], t.ROUTINGS[2]], ids=lambda c: c.name)
-def test_teams(case: Case, senders: int, num_sms: int, use_bulk: bool) -> None:
-    t.round_trips(with_team(replace(case, use_bulk=use_bulk), senders, num_sms), order=senders * 10 + num_sms)
+def test_teams(case: Case, senders: int, num_sms: int, has_stores: bool) -> None:
+    use_bulk = has_stores or num_sms % 2 == 0
+    case = replace(case, use_bulk=use_bulk, has_stores=has_stores)
+    t.round_trips(with_team(case, senders, num_sms), order=senders * 10 + num_sms)
 
 
 @pytest.mark.parametrize("seed", range(40))
@@ -51,6 +51,7 @@ def test_generated(seed: int) -> None:
 @pytest.mark.parametrize("order", range(3))
 @pytest.mark.parametrize("case", t.BLIND, ids=lambda c: c.name)
 def test_blind(case: Case, order: int) -> None:
+    case = replace(case, has_stores=order == 1)
     world = t.world_of(case, order=order)
     case = with_team(case, 1 + order, 2 * order + 2)
     steps = []

@@ -1,0 +1,112 @@
+#pragma once
+// Dispatch, sending to peers that are reached by stores: bulk loads bring rows into a warp's stages ahead of their use, and the warp puts them out of there.
+// An SM's loads from device memory wait behind its own stores to other GPUs: the copies into and out of the send ring would take most of the time.
+//
+// A chunk is complete at the peer when FULL says so, behind the last of its rows, which one warp puts in order (network.cuh: put_part, put_chunk).
+#include "deepep/ptx/bulk.cuh"
+#include "internode/dispatch_send.cuh"
+#include "internode/stages.cuh"
+
+namespace deepep::internode {
+namespace {
+
+#if DEEPEP_HAS_BULK
+// By the whole warp: whether stores reach the peers on all other nodes.
+__device__ inline bool has_stores_to_all(const DispatchArgs& args) {
+    bool has_stores = true;
+    for (int node = threadIdx.x % 32; node < args.num_nodes; node += 32)
+        has_stores = has_stores && (node == args.node || network::has_stores_to(args.domain.network, args.domain.group.peer_of(node)));
+    return __all_sync(~0u, has_stores);
+}
+
+class DirectSendWarp {
+public:
+    __device__ DirectSendWarp(const DispatchArgs& args, const WaitContext& context, const SendClaims& claims, StageRing& ring)
+        : args_(args), context_(context), claims_(claims), ring_(ring), lane_(threadIdx.x % 32) {}
+
+    // The stages are empty when it begins, and when it ends.
+    __device__ void run() {
+        SendPatience patience;
+        while (true) {
+            Waiting waiting;
+            SendClaims::Found found = SendClaims::Found::kMoved;
+            while (ring_.num_in_flight < args_.num_stages) {
+                if (next_row_ == num_rows_ && (found = open_chunk(waiting)) != SendClaims::Found::kChunk) break;
+                load();
+            }
+            if (ring_.num_in_flight > 0) {
+                put();
+                patience.renew();
+            } else if (found == SendClaims::Found::kOver) {
+                return;
+            } else if (found == SendClaims::Found::kNothing) {
+                if (patience.is_exhausted(context_, waiting)) return;
+            } else {
+                patience.renew();
+            }
+        }
+    }
+
+private:
+    __device__ SendClaims::Found open_chunk(Waiting& waiting) {
+        const SendClaims::Found found = claims_.look(claim_, waiting);
+        if (found == SendClaims::Found::kChunk) {
+            next_row_ = 0;
+            num_rows_ = claims_.num_rows(claim_.node, claim_.chunk);
+            tokens_ = claims_.token(claim_.node, claim_.chunk);
+        }
+        return found;
+    }
+
+    __device__ void load() {
+        const DispatchMessage& message = args_.message;
+        const int64_t token = __shfl_sync(~0u, tokens_, next_row_);
+        const bool is_known = token >= 0 && token < args_.num_tokens;
+        uint8_t* stage = ring_.stage_to_load();
+        uint8_t* side = stage + message.side_offset();
+        SidePart(args_, claim_.node, token, !args_.loads_scales).store(side);
+        if (lane_ == 0) {
+            uint64_t* barrier = ring_.barrier_to_load();
+            const bool is_last = next_row_ + 1 == num_rows_;
+            ring_.item_to_load() = {claim_.node, claim_.slot, next_row_, is_last ? claim_.index : -1, claim_.chunk};
+            const int num_row_bytes = is_known ? static_cast<int>(message.num_row_bytes) : 0, num_scale_bytes = is_known && args_.loads_scales ? message.num_scales * 4 : 0;
+            ptx::mbarrier_arrive_expect(barrier, num_row_bytes + num_scale_bytes);
+            if (num_row_bytes > 0) ptx::bulk_load(stage, args_.x + token * message.num_row_bytes, num_row_bytes, barrier);
+            if (num_scale_bytes > 0) ptx::bulk_load(side, args_.scales + token * args_.scales_stride_token, num_scale_bytes, barrier);
+        }
+        __syncwarp();  // the item and the side part are there for all lanes
+        ring_.loaded();
+        ++next_row_;
+    }
+
+    __device__ void put() {
+        const uint8_t* stage = ring_.wait_for_stage();
+        const StagedItem item = ring_.item_to_take();
+        const int node = item.node(), slot = item.slot(), row = item.row();
+        const int64_t num_bytes = args_.message.num_row_bytes + args_.message.num_sent_side_bytes();
+        uint8_t* to = claims_.target(node, slot) + row * args_.geometry.num_message_bytes;
+        if (item.credited < 0) {
+            network::put_part(to, stage, num_bytes, args_.domain.group.peer_of(node));
+        } else {
+            claims_.put_with_word(node, slot, item.chunk, to, stage, num_bytes);
+            claims_.release(item.credited, item.chunk);
+        }
+        ptx::fence_async_shared();  // these ordinary reads come before the next bulk load into the stage
+        __syncwarp();
+        ring_.taken();
+    }
+
+    const DispatchArgs& args_;
+    const WaitContext& context_;
+    SendClaims claims_;
+    StageRing& ring_;
+    const int lane_;
+    Claim claim_ = {};  // of the rows that are being loaded
+    int next_row_ = 0;
+    int num_rows_ = 0;
+    int32_t tokens_ = -1;
+};
+#endif
+
+}  // namespace
+}  // namespace deepep::internode

@@ -1,0 +1,70 @@
+#pragma once
+// A warp's stages in shared memory: rows on their way between device memory and where they go. Filled by bulk loads, emptied in the same order.
+#include <cstdint>
+
+#include "deepep/ptx/bulk.cuh"
+#include "internode/kernels.hpp"
+
+namespace deepep::internode {
+namespace {
+
+// What a stage holds: a row to be delivered, or one to be put.
+struct StagedItem {
+    int32_t forward_row;  // node
+    int32_t src_rank;     // slot
+    int32_t part;         // row of the chunk
+    int32_t credited;     // the chunk's last item: its context, else -1
+    int32_t chunk;
+
+    __device__ int node() const { return forward_row; }
+    __device__ int slot() const { return src_rank; }
+    __device__ int row() const { return part; }
+};
+
+#if DEEPEP_HAS_BULK
+// Kept alike by all lanes of its warp. Lane 0 issues every bulk copy.
+struct StageRing {
+    const DispatchArgs& args;
+    uint8_t* stages;
+    uint64_t* barriers;
+    StagedItem* items;
+    int num_in_flight = 0;
+    int load_stage = 0;
+    int take_stage = 0;
+    uint32_t parity = 0;
+
+    // Once, by the whole warp.
+    __device__ void prepare() {
+        if (threadIdx.x % 32 == 0) {
+            for (int stage = 0; stage < args.num_stages; ++stage) ptx::mbarrier_init(barriers + stage, 1);
+            ptx::fence_mbarrier_init();
+        }
+        __syncwarp();
+    }
+
+    __device__ uint8_t* stage_to_load() const { return stages + static_cast<int64_t>(load_stage) * args.num_stage_bytes; }
+    __device__ uint64_t* barrier_to_load() const { return barriers + load_stage; }
+    __device__ StagedItem& item_to_load() const { return items[load_stage]; }
+    __device__ void loaded() {
+        ++num_in_flight;
+        load_stage = load_stage + 1 == args.num_stages ? 0 : load_stage + 1;
+    }
+
+    // The oldest stage, once its bytes are there.
+    __device__ const uint8_t* wait_for_stage() const {
+        ptx::mbarrier_wait(barriers + take_stage, parity);
+        return stages + static_cast<int64_t>(take_stage) * args.num_stage_bytes;
+    }
+    __device__ const StagedItem& item_to_take() const { return items[take_stage]; }
+    __device__ void taken() {
+        --num_in_flight;
+        if (++take_stage == args.num_stages) {
+            take_stage = 0;
+            parity ^= 1;
+        }
+    }
+};
+#endif
+
+}  // namespace
+}  // namespace deepep::internode
