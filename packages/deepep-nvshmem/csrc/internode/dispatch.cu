@@ -226,6 +226,25 @@ __device__ void deliver_rows_plain(const DispatchArgs& args, const WaitContext& 
     }
 }
 
+#if DEEPEP_HAS_BULK
+// What is left of the own rows, by a warp of a sender: everything for other nodes is out and has arrived. `stage`, `parity`: where its ring has come to.
+// A call, and everything else read anew, so that nothing of this takes registers from the loops before it.
+__device__ __noinline__ void deliver_own_rows(const DispatchArgs& args, uint8_t* memory, Shared& shared, int warp, int stage, uint32_t parity) {
+    DeviceState* state = args.domain.local.state();
+    const WaitContext context{args.domain.local.host, state, Op::kDispatch, args.domain.group.rank, ptx::load_relaxed_gpu(&state->epochs[kOp]) + 1};
+    const DynamicShared dynamic(args, memory);
+    const BlockContexts contexts{args, BlockPlaces::of(shared.block, args.num_team_senders)};
+    const Delivery delivery{dynamic.credits, &shared.num_deliverers_left};
+    StageRing ring = dynamic.ring(args, warp);
+    ring.load_stage = ring.take_stage = stage;
+    ring.parity = parity;
+    RowQueue queue(args, context, contexts, dynamic.sent, dynamic.received);
+    queue.begin_own_rows();
+    DeliverWarp(args, context, shared.handshake, delivery, queue, ring).run();
+    DEEPEP_TRACE(if (threadIdx.x % 32 == 0) stamp_last(kDeliveringOver));
+}
+#endif
+
 // Worst-case sizes: rows that nobody sends or forwards are marked as such.
 __device__ void fill_unused_rows(const DispatchArgs& args, const StreamShape* received) {
     const int64_t num_received = min_of(args.recv_gbl_rank_prefix[args.domain.group.num_ranks - 1], args.capacity);
@@ -335,6 +354,9 @@ __global__ void __launch_bounds__(kMaxThreads, 1) dispatch_rows_kernel(const __g
 #endif
             SendWarp(args, context, claims, relief).run();
         DEEPEP_TRACE(if (threadIdx.x % 32 == 0) stamp_last(kSendingOver));
+#if DEEPEP_HAS_BULK
+        if (args.use_bulk && is_deliverer && role == BlockRole::kSender) deliver_own_rows(args, memory, shared, deliverer, ring.take_stage, ring.parity);
+#endif
     }
     if (args.fill_unused) fill_unused_rows(args, dynamic.received);
     finish(args, context, shared);

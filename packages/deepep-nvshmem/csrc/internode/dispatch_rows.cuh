@@ -53,6 +53,15 @@ public:
         look();
     }
 
+    // The same for own rows alone: chunks are not looked for.
+    __device__ void begin_own_rows() {
+        claim();
+        next_own_ = __shfl_sync(~0u, claimed_, 0);
+        claim();
+        ask_for_token();
+        num_not_over_ = 0;
+    }
+
     // In a sender: whether the team's deliverer has begun. The sender's warps then take nothing any more. Uniform over the warp.
     __device__ bool is_relieved() const { return __shfl_sync(~0u, ptx::load_relaxed_sys(contexts_.deliverer_begun()), 0) == signal_word(context_.epoch, 1); }
 

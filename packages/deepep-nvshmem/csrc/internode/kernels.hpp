@@ -183,7 +183,7 @@ struct CombineArgs {
 };
 
 // Shape limits of dispatch, for the host's choice.
-constexpr int kMaxDeliverWarps = 12;
+constexpr int kMaxDeliverWarps = 14;
 constexpr int kMaxDeliverStages = 8;    // of each
 constexpr int kNumCreditWarps = 1;
 constexpr int kMaxDispatchWarps = 16;  // of all roles together
