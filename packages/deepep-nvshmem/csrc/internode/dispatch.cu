@@ -41,6 +41,7 @@ struct DynamicShared {
     StreamShape* sent;
     StreamShape* received;
     int32_t* next_sent;
+    int32_t* credited;
     int32_t* credits;
     int32_t* returned;
 
@@ -52,7 +53,8 @@ struct DynamicShared {
         received = sent + num_nodes;
         items = reinterpret_cast<StagedItem*>(received + num_nodes);
         next_sent = reinterpret_cast<int32_t*>(items + num_stages);
-        credits = next_sent + args.num_block_contexts;
+        credited = next_sent + args.num_block_contexts;
+        credits = credited + args.num_block_contexts;
         returned = credits + args.num_block_contexts;
     }
 
@@ -291,7 +293,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) dispatch_rows_kernel(const __g
     if (role == BlockRole::kDeliverer && threadIdx.x == 0) ptx::store_relaxed_sys(contexts.deliverer_begun(), signal_word(context.epoch, 1));
     for (int i = threadIdx.x; i < contexts.count(); i += blockDim.x) {
         dynamic.next_sent[i] = contexts.slot_of(i);
-        dynamic.credits[i] = dynamic.returned[i] = 0;
+        dynamic.credited[i] = dynamic.credits[i] = dynamic.returned[i] = 0;
     }
     __syncthreads();
 
@@ -344,12 +346,17 @@ __global__ void __launch_bounds__(kMaxThreads, 1) dispatch_rows_kernel(const __g
     // In a sender, warps that have nothing more to deliver help to send.
     const bool sends = role == BlockRole::kSender || (role == BlockRole::kBoth && is_sender);
     if (sends && !shared.handshake.is_failed) {
-        const SendClaims claims(args, context, contexts, dynamic.sent, dynamic.next_sent, warp);
         const uint64_t* relief = nullptr;
 #if DEEPEP_HAS_BULK
         if (args.may_send_directly && role == BlockRole::kSender && has_stores_to_all(args)) relief = contexts.deliverer_begun();
-        if (relief != nullptr && is_deliverer)
+#endif
+        const bool is_direct = relief != nullptr && is_deliverer;
+        const SendClaims claims(args, context, contexts, dynamic.sent, dynamic.next_sent, is_direct ? dynamic.credited : nullptr, warp);
+#if DEEPEP_HAS_BULK
+        if (is_direct)
             DirectSendWarp(args, context, claims, ring).run();
+        else if (relief != nullptr && !is_sender)
+            watch_credits(args, context, contexts, dynamic.next_sent, dynamic.credited);
         else
 #endif
             SendWarp(args, context, claims, relief).run();

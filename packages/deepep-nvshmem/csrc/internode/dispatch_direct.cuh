@@ -30,8 +30,10 @@ public:
         while (true) {
             Waiting waiting;
             SendClaims::Found found = SendClaims::Found::kMoved;
-            while (ring_.num_in_flight < args_.num_stages) {
+            while (true) {
+                // Also where no stage is free: the list of the chunk's rows is then on its way while the rows before are put.
                 if (next_row_ == num_rows_ && (found = open_chunk(waiting)) != SendClaims::Found::kChunk) break;
+                if (ring_.num_in_flight == args_.num_stages) break;
                 load();
             }
             if (ring_.num_in_flight > 0) {

@@ -25,8 +25,17 @@ class SendClaims {
 public:
     enum class Found { kChunk, kMoved, kNothing, kOver };
 
-    __device__ SendClaims(const DispatchArgs& args, const WaitContext& context, const BlockContexts& contexts, const StreamShape* streams, int32_t* next_chunks, int warp)
-        : args_(args), context_(context), contexts_(contexts), streams_(streams), next_chunks_(next_chunks), warp_(warp), lane_(threadIdx.x % 32) {}
+    // `credited`: of each context, chunk + 1 that the block's credit warp has seen credited (watch_credits); null: the words are looked at.
+    __device__ SendClaims(const DispatchArgs& args, const WaitContext& context, const BlockContexts& contexts, const StreamShape* streams, int32_t* next_chunks,
+                          const int32_t* credited, int warp)
+        : args_(args),
+          context_(context),
+          contexts_(contexts),
+          streams_(streams),
+          next_chunks_(next_chunks),
+          credited_(credited),
+          warp_(warp),
+          lane_(threadIdx.x % 32) {}
 
     // Looks once around all contexts, or until it has taken a chunk. `waiting`: one of this lane's contexts that cannot go on.
     __device__ Found look(Claim& claim, Waiting& waiting) {
@@ -41,7 +50,7 @@ public:
                 slot = contexts_.slot_of(index);
                 chunk = peek(next_chunks_ + index);
             }
-            bool is_ready = chunk >= 0 && is_free(node, slot, chunk, waiting);
+            bool is_ready = chunk >= 0 && is_free(index, node, slot, chunk, waiting);
             if (is_ready && chunk >= streams_[node].num_chunks) {
                 acquire_credit(node, slot, chunk);
                 next_chunks_[index] = chunk = kOver;
@@ -90,11 +99,12 @@ public:
 
 private:
     // Whether the chunk before this one in its slot has left both ends' slots (behind the last chunk: whether the slot is over).
-    __device__ bool is_free(int node, int slot, int chunk, Waiting& waiting) const {
+    __device__ bool is_free(int index, int node, int slot, int chunk, Waiting& waiting) const {
         const int before = chunk - args_.geometry.num_slots;
         if (before < 0) return true;
-        const uint64_t* word = args_.domain.window.credit(args_.domain.network, node) + slot;
-        const uint64_t expected = chunk_word(context_.epoch, before), seen = ptx::load_relaxed_sys(word);
+        const uint64_t expected = chunk_word(context_.epoch, before);
+        const uint64_t seen = credited_ != nullptr ? chunk_word(context_.epoch, peek(credited_ + index) - 1)
+                                                   : ptx::load_relaxed_sys(args_.domain.window.credit(args_.domain.network, node) + slot);
         if (seen != expected) {
             waiting = {args_.domain.group.peer_of(node), seen, expected};
             return false;
@@ -103,7 +113,10 @@ private:
     }
     // What is_free() has seen, acquired: by the lane whose warp goes on.
     __device__ void acquire_credit(int node, int slot, int chunk) const {
-        if (chunk >= args_.geometry.num_slots)
+        if (chunk < args_.geometry.num_slots) return;
+        if (credited_ != nullptr)
+            __threadfence_block();  // the credit warp has acquired the word, and fenced, before it said so
+        else
             static_cast<void>(ptx::load_acquire_sys(args_.domain.window.credit(args_.domain.network, node) + slot));
     }
 
@@ -112,6 +125,7 @@ private:
     const BlockContexts& contexts_;
     const StreamShape* streams_;
     int32_t* next_chunks_;  // of this block's contexts: what goes into each slot next; kOver when the slot is over
+    const int32_t* credited_;
     const int warp_;
     const int lane_;
     int base_ = 0;  // where the next look begins
@@ -137,6 +151,39 @@ private:
     int num_idle_ = 0;
     uint64_t start_ns_ = 0;
 };
+
+// By a sender's credit warp, until all its contexts are over: looks at the words of credits, so that the warps that send need not. Their own loads from device
+// memory would wait behind the block's stores. `credited`: zero at the start.
+__device__ inline void watch_credits(const DispatchArgs& args, const WaitContext& context, const BlockContexts& contexts, const int32_t* next_chunks, int32_t* credited) {
+    const int lane = threadIdx.x % 32, count = contexts.count();
+    SendPatience patience;
+    while (true) {
+        bool is_over = true, has_moved = false;
+        Waiting waiting;
+        for (int base = 0; base < count; base += 32) {
+            const int index = base + lane;
+            const int chunk = index < count ? peek(next_chunks + index) : kOver, before = chunk - args.geometry.num_slots;
+            is_over = is_over && !__any_sync(~0u, chunk != kOver);
+            bool is_new = false;
+            if (chunk >= 0 && before >= 0 && credited[index] != before + 1) {
+                const uint64_t* word = args.domain.window.credit(args.domain.network, contexts.node_of(index)) + contexts.slot_of(index);
+                const uint64_t expected = chunk_word(context.epoch, before), seen = ptx::load_relaxed_sys(word);
+                is_new = seen == expected;
+                if (is_new) {
+                    static_cast<void>(ptx::load_acquire_sys(word));
+                    __threadfence_block();
+                    poke(credited + index, before + 1);
+                } else {
+                    waiting = {args.domain.group.peer_of(contexts.node_of(index)), seen, expected};
+                }
+            }
+            has_moved = __any_sync(~0u, is_new) || has_moved;
+        }
+        if (is_over) return;
+        if (has_moved || !__any_sync(~0u, waiting.peer >= 0)) patience.renew();
+        if (!has_moved && patience.is_exhausted(context, waiting)) return;
+    }
+}
 
 // The side part of a row for a node, as it travels; scales only if `has_scales`. By the whole warp, without a barrier. Loads come before stores, so that
 // what the caller does in between hides them.
