@@ -35,7 +35,7 @@ void bind_traces(py::module_& m) {
         for (const BlockTrace& trace : traces) {
             if (trace.end_ns == 0) continue;
             const auto list = [](const auto& values) { return std::vector<uint32_t>(std::begin(values), std::end(values)); };
-            blocks.append(py::make_tuple(trace.number, trace.begin_ns, trace.end_ns, trace.ended, list(trace.moved), list(trace.firsts), list(trace.lasts)));
+            blocks.append(py::make_tuple(trace.number, trace.begin_ns, trace.end_ns, trace.ended, list(trace.moved), list(trace.firsts), list(trace.lasts), list(trace.spans)));
         }
         return blocks;
     });

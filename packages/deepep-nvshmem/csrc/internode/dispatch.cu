@@ -31,6 +31,7 @@ struct Shared {
     uint32_t is_last;
     int block;
     int num_deliverers_left;
+    int num_contexts;
 };
 
 // Dynamic shared memory: the deliver warps' stages (or side parts), what they hold, the streams, the contexts' chunks.
@@ -44,6 +45,7 @@ struct DynamicShared {
     int32_t* credited;
     int32_t* credits;
     int32_t* returned;
+    ContextPlace* places;
 
     __device__ DynamicShared(const DispatchArgs& args, uint8_t* memory) {
         const int num_stages = args.num_deliver_warps * args.num_stages, num_nodes = args.domain.group.num_nodes();
@@ -52,7 +54,8 @@ struct DynamicShared {
         sent = reinterpret_cast<StreamShape*>(barriers + align_up(num_stages, 2));
         received = sent + num_nodes;
         items = reinterpret_cast<StagedItem*>(received + num_nodes);
-        next_sent = reinterpret_cast<int32_t*>(items + num_stages);
+        places = reinterpret_cast<ContextPlace*>(items + num_stages);
+        next_sent = reinterpret_cast<int32_t*>(places + args.num_block_contexts);
         credited = next_sent + args.num_block_contexts;
         credits = credited + args.num_block_contexts;
         returned = credits + args.num_block_contexts;
@@ -75,7 +78,13 @@ public:
     // Needs nothing from the ranks of this node, so it may run while their READY is on its way.
     __device__ void fill() {
         Item item;
-        while (ring_.num_in_flight < args_.num_stages - 1 && queue_.next(item)) load(item);
+        while (ring_.num_in_flight < args_.num_stages - 1) {
+            const bool has_item = queue_.next(item);
+            DEEPEP_TRACE(if (lane_ == 0) spans_.spend(kFinding));
+            if (!has_item) return;
+            load(item);
+            DEEPEP_TRACE(if (lane_ == 0) spans_.spend(kLoading));
+        }
     }
 
     __device__ void run() {
@@ -95,6 +104,7 @@ public:
                 num_idle = 0;
                 if (queue_.has_ended_badly(start_ns)) queue_.abandon();
             }
+            DEEPEP_TRACE(if (lane_ == 0) spans_.spend(kIdling));
         }
         if (lane_ == 0) ptx::bulk_wait<0>();  // all rows have landed, visibly to this thread: the block's release may vouch for them
         __syncwarp();
@@ -136,6 +146,7 @@ private:
         const DispatchMessage& message = args_.message;
         const uint8_t* stage = ring_.wait_for_stage();
         const uint8_t* side = stage + args_.side_begin();
+        DEEPEP_TRACE(if (lane_ == 0) spans_.spend(kAwaiting));
         const StagedItem item = ring_.item_to_take();
         const int32_t head = checked_head(args_, context_, handshake_, side);
         const uint32_t mask = __ballot_sync(~0u, head >= 0);
@@ -160,6 +171,7 @@ private:
         ptx::fence_async_shared();  // these ordinary reads come before the next bulk load into the stage
         __syncwarp();
         ring_.taken();
+        DEEPEP_TRACE(if (lane_ == 0) spans_.spend(kPassing));
     }
 
     const DispatchArgs& args_;
@@ -169,6 +181,7 @@ private:
     RowQueue& queue_;
     StageRing& ring_;
     const int lane_;
+    DEEPEP_TRACE(SpanClock spans_;)
 };
 #endif
 
@@ -235,7 +248,7 @@ __device__ __noinline__ void deliver_own_rows(const DispatchArgs& args, uint8_t*
     DeviceState* state = args.domain.local.state();
     const WaitContext context{args.domain.local.host, state, Op::kDispatch, args.domain.group.rank, ptx::load_relaxed_gpu(&state->epochs[kOp]) + 1};
     const DynamicShared dynamic(args, memory);
-    const BlockContexts contexts{args, BlockPlaces::of(shared.block, args.num_team_senders)};
+    const BlockContexts contexts{args, BlockPlaces::of(shared.block, args.num_team_senders), dynamic.places, shared.num_contexts};
     const Delivery delivery{dynamic.credits, &shared.num_deliverers_left};
     StageRing ring = dynamic.ring(args, warp);
     ring.load_stage = ring.take_stage = stage;
@@ -288,10 +301,14 @@ __global__ void __launch_bounds__(kMaxThreads, 1) dispatch_rows_kernel(const __g
     if (blockIdx.x == 0 && threadIdx.x == 0 && args.recv_gbl_rank_prefix[group.num_ranks - 1] > args.capacity)
         report_error(context, ErrorKind::kOverflow, Phase::kRows, group.rank, args.recv_gbl_rank_prefix[group.num_ranks - 1], args.capacity, 0);
     __syncthreads();
-    const BlockContexts contexts{args, BlockPlaces::of(shared.block, args.num_team_senders)};
-    const BlockRole role = contexts.places.role;
+    const BlockPlaces places = BlockPlaces::of(shared.block, args.num_team_senders);
+    const int num_contexts = fill_contexts(args, places, dynamic.places);
+    if (threadIdx.x == 0) shared.num_contexts = num_contexts;
+    const BlockContexts contexts{args, places, dynamic.places, num_contexts};
+    const BlockRole role = places.role;
     if (role == BlockRole::kDeliverer && threadIdx.x == 0) ptx::store_relaxed_sys(contexts.deliverer_begun(), signal_word(context.epoch, 1));
-    for (int i = threadIdx.x; i < contexts.count(); i += blockDim.x) {
+    // Each thread its own entries of the table: the barrier follows.
+    for (int i = threadIdx.x; i < num_contexts; i += blockDim.x) {
         dynamic.next_sent[i] = contexts.slot_of(i);
         dynamic.credited[i] = dynamic.credits[i] = dynamic.returned[i] = 0;
     }

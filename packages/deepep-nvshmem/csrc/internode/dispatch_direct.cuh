@@ -6,6 +6,7 @@
 #include "deepep/ptx/bulk.cuh"
 #include "internode/dispatch_send.cuh"
 #include "internode/stages.cuh"
+#include "internode/trace.cuh"
 
 namespace deepep::internode {
 namespace {
@@ -32,12 +33,18 @@ public:
             SendClaims::Found found = SendClaims::Found::kMoved;
             while (true) {
                 // Also where no stage is free: the list of the chunk's rows is then on its way while the rows before are put.
-                if (next_row_ == num_rows_ && (found = open_chunk(waiting)) != SendClaims::Found::kChunk) break;
+                if (next_row_ == num_rows_) {
+                    found = open_chunk(waiting);
+                    DEEPEP_TRACE(if (lane_ == 0) spans_.spend(kFinding));
+                    if (found != SendClaims::Found::kChunk) break;
+                }
                 if (ring_.num_in_flight == args_.num_stages) break;
                 load();
+                DEEPEP_TRACE(if (lane_ == 0) spans_.spend(kLoading));
             }
             if (ring_.num_in_flight > 0) {
                 put();
+                DEEPEP_TRACE(if (lane_ == 0) spans_.spend(kPassing));
                 patience.renew();
             } else if (found == SendClaims::Found::kOver) {
                 return;
@@ -46,6 +53,7 @@ public:
             } else {
                 patience.renew();
             }
+            DEEPEP_TRACE(if (lane_ == 0) spans_.spend(kIdling));
         }
     }
 
@@ -83,6 +91,7 @@ private:
 
     __device__ void put() {
         const uint8_t* stage = ring_.wait_for_stage();
+        DEEPEP_TRACE(if (lane_ == 0) spans_.spend(kAwaiting));
         const StagedItem item = ring_.item_to_take();
         const int node = item.node(), slot = item.slot(), row = item.row();
         const int64_t num_bytes = args_.message.num_row_bytes + args_.message.num_sent_side_bytes();
@@ -107,6 +116,7 @@ private:
     int next_row_ = 0;
     int num_rows_ = 0;
     int32_t tokens_ = -1;
+    DEEPEP_TRACE(SpanClock spans_;)
 };
 #endif
 

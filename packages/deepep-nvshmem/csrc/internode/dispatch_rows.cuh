@@ -125,9 +125,7 @@ private:
         entry_ = peek(args_.domain.next_chunks + contexts_.entry_of(index));
         seen_ = ptx::load_relaxed_sys(word_of(index));
     }
-    __device__ const uint64_t* word_of(int index) const {
-        return args_.domain.window.full(args_.domain.network, NetworkWindow::kDispatchFull, contexts_.node_of(index)) + contexts_.slot_of(index);
-    }
+    __device__ const uint64_t* word_of(int index) const { return contexts_.full_word(index); }
     // The chunk that is expected in a context; -1: none any more. An entry of another operation stands for the first one.
     __device__ int chunk_of(int index, uint64_t entry) const {
         if (index >= contexts_.count()) return -1;

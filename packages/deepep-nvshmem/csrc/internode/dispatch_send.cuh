@@ -50,9 +50,9 @@ public:
                 slot = contexts_.slot_of(index);
                 chunk = peek(next_chunks_ + index);
             }
-            bool is_ready = chunk >= 0 && is_free(index, node, slot, chunk, waiting);
+            bool is_ready = chunk >= 0 && is_free(index, node, chunk, waiting);
             if (is_ready && chunk >= streams_[node].num_chunks) {
-                acquire_credit(node, slot, chunk);
+                acquire_credit(index, chunk);
                 next_chunks_[index] = chunk = kOver;
                 is_ready = false;
             }
@@ -63,7 +63,7 @@ public:
             const int source = choose_lane(mask, warp_);
             bool is_mine = false;
             if (lane_ == source && atomicCAS(next_chunks_ + index, chunk, kTaken) == chunk) {
-                acquire_credit(node, slot, chunk);
+                acquire_credit(index, chunk);
                 is_mine = true;
             }
             if (!__shfl_sync(~0u, is_mine, source)) continue;
@@ -99,12 +99,12 @@ public:
 
 private:
     // Whether the chunk before this one in its slot has left both ends' slots (behind the last chunk: whether the slot is over).
-    __device__ bool is_free(int index, int node, int slot, int chunk, Waiting& waiting) const {
+    __device__ bool is_free(int index, int node, int chunk, Waiting& waiting) const {
         const int before = chunk - args_.geometry.num_slots;
         if (before < 0) return true;
         const uint64_t expected = chunk_word(context_.epoch, before);
         const uint64_t seen = credited_ != nullptr ? chunk_word(context_.epoch, peek(credited_ + index) - 1)
-                                                   : ptx::load_relaxed_sys(args_.domain.window.credit(args_.domain.network, node) + slot);
+                                                   : ptx::load_relaxed_sys(contexts_.credit_word(index));
         if (seen != expected) {
             waiting = {args_.domain.group.peer_of(node), seen, expected};
             return false;
@@ -112,12 +112,12 @@ private:
         return true;
     }
     // What is_free() has seen, acquired: by the lane whose warp goes on.
-    __device__ void acquire_credit(int node, int slot, int chunk) const {
+    __device__ void acquire_credit(int index, int chunk) const {
         if (chunk < args_.geometry.num_slots) return;
         if (credited_ != nullptr)
             __threadfence_block();  // the credit warp has acquired the word, and fenced, before it said so
         else
-            static_cast<void>(ptx::load_acquire_sys(args_.domain.window.credit(args_.domain.network, node) + slot));
+            static_cast<void>(ptx::load_acquire_sys(contexts_.credit_word(index)));
     }
 
     const DispatchArgs& args_;
@@ -166,7 +166,7 @@ __device__ inline void watch_credits(const DispatchArgs& args, const WaitContext
             is_over = is_over && !__any_sync(~0u, chunk != kOver);
             bool is_new = false;
             if (chunk >= 0 && before >= 0 && credited[index] != before + 1) {
-                const uint64_t* word = args.domain.window.credit(args.domain.network, contexts.node_of(index)) + contexts.slot_of(index);
+                const uint64_t* word = contexts.credit_word(index);
                 const uint64_t expected = chunk_word(context.epoch, before), seen = ptx::load_relaxed_sys(word);
                 is_new = seen == expected;
                 if (is_new) {

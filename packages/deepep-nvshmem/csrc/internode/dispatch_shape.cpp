@@ -28,10 +28,12 @@ void shape_dispatch(DispatchArgs& args, const Tuning& tuning, bool has_bulk) {
     const int num_nodes = args.domain.group.num_nodes();
     args.node = args.domain.group.node();
     args.num_nodes = num_nodes;
+    args.full_words = args.domain.window.full(args.domain.network, NetworkWindow::kDispatchFull, 0);
+    args.credit_words = args.domain.window.credit(args.domain.network, 0);
     args.num_places = BlockPlaces::num_places(tuning.num_sms, args.num_team_senders);
     args.num_block_contexts = (num_nodes - 1) * static_cast<int>(max_of(1, args.num_team_senders) * ceil_div(args.geometry.num_slots, args.num_places));
-    // Streams (two of 16 bytes for each node); of the contexts the next chunk to send, credits received, asked for and given back.
-    const int num_table_bytes = num_nodes * 32 + args.num_block_contexts * 16;
+    // Streams (two of 16 bytes for each node); of the contexts the next chunk to send, credits received, asked for and given back, and where they are (8).
+    const int num_table_bytes = num_nodes * 32 + args.num_block_contexts * 24;
     constexpr int kItemBytes = 32;  // of a stage: its barrier and what it holds
     const int num_budget = kSharedBudget - num_table_bytes;
     const int num_side_bytes = static_cast<int>(align_up(message.num_shared_side_bytes(), 128));

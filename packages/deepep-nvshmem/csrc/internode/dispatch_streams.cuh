@@ -41,25 +41,43 @@ __device__ inline void describe_streams(const DispatchArgs& args, const WaitCont
 // Blocks are numbered in the order in which they begin to run: where not all of them fit on the GPUs, the first ones of both ends find each other, end,
 // and make room for the next. A sender must not need its team's deliverer for that, which may not fit either: until the deliverer has begun, the sender
 // delivers for its place, too. So a place is served from when its sender runs, and whoever delivers for it is running.
+//
+// Which they are is worked out once, by all threads of the block (fill_contexts), because it takes divisions and is asked for on the way of every row.
+struct ContextPlace {
+    int32_t entry;  // the same number for a context in every block that serves it
+    uint16_t node;
+    uint16_t slot;
+};
+static_assert(kMaxSlots < 1 << 16);
+
 struct BlockContexts {
     const DispatchArgs& args;  // a kernel's parameters cost no registers
     BlockPlaces places;
+    const ContextPlace* table;  // in shared memory
+    int num_contexts;
 
     // Of a team's block: whether the team's deliverer has begun, {epoch, 1}.
     __device__ uint64_t* deliverer_begun() const { return args.domain.deliverers_begun + places.team(args.num_team_senders); }
-    __device__ int num_others() const { return args.num_nodes - 1; }
-    __device__ int count() const { return num_others() * places.num_own_slots(args.geometry.num_slots, args.num_places, args.num_team_senders); }
-    __device__ int slot_of(int index) const { return places.slot_of(BlockPlaces::quotient(index, num_others()), args.num_places, args.num_team_senders); }
-    // The other node; each rank begins with the one behind its own.
-    __device__ int node_of(int index) const {
-        const int other = args.node + 1 + other_of(index);
-        return other >= args.num_nodes ? other - args.num_nodes : other;
-    }
-    // The same number for a context in every block that serves it.
-    __device__ int entry_of(int index) const { return slot_of(index) * num_others() + other_of(index); }
-
-    __device__ int other_of(int index) const { return index - BlockPlaces::quotient(index, num_others()) * num_others(); }
+    __device__ int count() const { return num_contexts; }
+    __device__ int slot_of(int index) const { return table[index].slot; }
+    __device__ int node_of(int index) const { return table[index].node; }
+    __device__ int entry_of(int index) const { return table[index].entry; }
+    // Of what the context's node says to this rank, and of what this rank says to it.
+    __device__ uint64_t* full_word(int index) const { return args.full_words + table[index].node * kMaxSlots + table[index].slot; }
+    __device__ uint64_t* credit_word(int index) const { return args.credit_words + table[index].node * kMaxSlots + table[index].slot; }
 };
+
+// By all threads; a barrier has to follow. Returns how many there are: slot by slot the other nodes, each rank beginning with the one behind its own.
+__device__ inline int fill_contexts(const DispatchArgs& args, const BlockPlaces& places, ContextPlace* table) {
+    const int num_others = args.num_nodes - 1;
+    const int count = num_others * places.num_own_slots(args.geometry.num_slots, args.num_places, args.num_team_senders);
+    for (int index = threadIdx.x; index < count; index += blockDim.x) {
+        const int round = BlockPlaces::quotient(index, num_others), other = index - round * num_others;
+        const int slot = places.slot_of(round, args.num_places, args.num_team_senders), node = args.node + 1 + other;
+        table[index] = {slot * num_others + other, static_cast<uint16_t>(node >= args.num_nodes ? node - args.num_nodes : node), static_cast<uint16_t>(slot)};
+    }
+    return count;
+}
 
 // What a sending context of this block carries next, in shared memory: a chunk's number, or one of these. Any warp may take a chunk; the
 // chunks of one context are taken in order, because the table names one at a time.

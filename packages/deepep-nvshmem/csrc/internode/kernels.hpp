@@ -145,6 +145,8 @@ struct DispatchArgs {
     bool may_send_directly;  // to peers that are reached by stores, out of shared memory
     int node;              // as the group says, without divisions in the kernel
     int num_nodes;
+    uint64_t* full_words;    // of this rank's window: FULL and CREDIT from each node [D, kMaxSlots]
+    uint64_t* credit_words;
     int num_deliver_warps;
     int num_send_warps;
     int num_stages;       // of each deliver warp
@@ -230,20 +232,22 @@ cudaError_t read_put_counts(PutCounts& counts);  // of the current device; waits
 #if DEEPEP_NVSHMEM_TRACE
 // Clocks of a block's SM since it began: when the first and when the last of its warps came to a point, in the order of the enums below; and how many
 // rows or chunks its warps moved.
-constexpr int kMaxTracedBlocks = 256, kNumTracePoints = 6, kNumMovedKinds = 2;
+constexpr int kMaxTracedBlocks = 256, kNumTracePoints = 6, kNumMovedKinds = 2, kNumSpanKinds = 5;
 enum DispatchPoint : int { kHandshakeOver, kChunkSent, kSendingOver, kRowDelivered, kDeliveringOver, kCreditsOver };
 enum CombinePoint : int { kCombineHandshakeOver, kAnswerSent, kForwardingOver, kBlockCollected, kCollectingOver, kRequestsOver };
 enum MovedKind : int { kMovedBySenders, kMovedByReceivers };
+// What the warps that move rows through stages spend their time on: finding work, asking for its bytes, waiting for them, passing them on; nothing.
+enum SpanKind : int { kFinding, kLoading, kAwaiting, kPassing, kIdling };
 struct BlockTrace {
     uint32_t firsts[kNumTracePoints];  // 0xFFFFFFFF: no warp came there
     uint32_t lasts[kNumTracePoints];
     uint32_t moved[kNumMovedKinds];
+    uint32_t spans[kNumSpanKinds];  // sums over warps
     uint32_t ended;
     uint32_t number;  // in the order in which blocks began
     uint64_t begin_ns;  // the GPU's timer
     uint64_t end_ns;
     uint32_t begun;  // the SM's clock
-    uint32_t padding;
 };
 cudaError_t copy_dispatch_traces(BlockTrace* out);  // of the current device, [kMaxTracedBlocks]
 cudaError_t copy_combine_traces(BlockTrace* out);

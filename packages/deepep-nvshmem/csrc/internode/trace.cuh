@@ -22,6 +22,15 @@ __device__ __forceinline__ void begin_trace() {
 __device__ __forceinline__ void stamp_first(int point) { atomicMin(&trace.firsts[point], ptx::clock_ordered() - trace.begun); }
 __device__ __forceinline__ void stamp_last(int point) { atomicMax(&trace.lasts[point], ptx::clock_ordered() - trace.begun); }
 __device__ __forceinline__ void count_moved(int kind) { atomicAdd(&trace.moved[kind], 1u); }
+// By lane 0: the time since its last call, or since its begin, goes to a kind.
+struct SpanClock {
+    uint32_t last = ptx::clock_ordered();
+    __device__ __forceinline__ void spend(int kind) {
+        const uint32_t now = ptx::clock_ordered();
+        atomicAdd(&trace.spans[kind], now - last);
+        last = now;
+    }
+};
 // By the thread that began it, behind a barrier that all others came to after their last point.
 __device__ __forceinline__ void end_trace(int number) {
     trace.ended = ptx::clock_ordered() - trace.begun;

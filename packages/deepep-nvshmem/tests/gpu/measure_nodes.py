@@ -31,6 +31,7 @@ POINTS = {
     "combine": ("handshake over", "answer sent", "forwarding over", "block summed", "summing over", "requests over"),
 }
 MOVED = {"dispatch": ("chunks sent", "rows delivered"), "combine": ("answers sent", "blocks summed")}
+SPANS = ("finding", "loading", "awaiting", "passing on", "idle")
 NEVER = 0xFFFFFFFF
 
 
@@ -163,6 +164,10 @@ def trace_lines(kernel: str, blocks: list[tuple[Any, ...]], megahertz: float) ->
                 if ticks:
                     lines.append(f"  {which:5s} {name:16s} {_spread(ticks, megahertz)}  {len(ticks)} blocks")
         lines.append(f"  {'block over':22s} {_spread([b[3] for b in group], megahertz)}")
+        spent = [statistics.mean(b[7][kind] for b in group) / megahertz for kind in range(len(SPANS))]
+        if any(spent):
+            parts = ", ".join(f"{name} {us:.0f}" for name, us in zip(SPANS, spent, strict=True))
+            lines.append(f"  us of all warps of a block that move rows through stages: {parts}")
     return lines
 
 
