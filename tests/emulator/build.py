@@ -3,6 +3,7 @@ headers here in place of CUDA's, NVSHMEM's and those of ``deepep/ptx``."""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
 import re
@@ -105,17 +106,24 @@ def _lay_out(csrc: Path, tree: Path) -> None:
 
 def build(name: str, folder: Path) -> Path:
     """The library of the extension ``name``; not built again while its sources stay the same."""
-    import pybind11
-
     csrc, sources, more = EXTENSIONS[name]
     inputs = [*_sources(csrc), *_sources(SHARED), *_sources(HERE / "include"), *sorted(HERE.glob("*.[ch]pp"))]
     digest = hashlib.sha256(b"".join(p.read_bytes() for p in [*inputs, Path(__file__)]) + sys.version.encode())
     library = folder / name / digest.hexdigest()[:16] / (name + sysconfig.get_config_var("EXT_SUFFIX"))
-    if library.exists():
-        return library
-    for former in (folder / name).glob("*"):
-        shutil.rmtree(former, ignore_errors=True)
-    library.parent.mkdir(parents=True)
+    (folder / name).mkdir(parents=True, exist_ok=True)
+    with open(folder / f"{name}.lock", "w") as lock:  # of runs side by side one builds, the others wait
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not library.exists():
+            for former in (folder / name).glob("*"):
+                shutil.rmtree(former, ignore_errors=True)
+            library.parent.mkdir(parents=True)
+            _compile(csrc, sources, more, library)
+    return library
+
+
+def _compile(csrc: Path, sources: str, more: tuple[str, ...], library: Path) -> None:
+    import pybind11
+
     compiler = os.environ.get("CXX", "g++")
     with tempfile.TemporaryDirectory(dir=library.parent) as temporary:
         tree = Path(temporary)
@@ -135,7 +143,6 @@ def build(name: str, folder: Path) -> Path:
         linked = tree / library.name
         subprocess.run([compiler, "-shared", "-o", str(linked), *objects, "-lpthread", "-ldl"], check=True)
         linked.replace(library)
-    return library
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 // Combine across nodes: every token's expert outputs come back and are summed; what crosses between nodes is one partial sum per token and node.
 //
-// Forward warps  partial sums of this node for tokens of other nodes, on request (combine_forward.cuh).
+// Forward warps  partial sums of this node for tokens of other nodes, on request (combine_forward.cuh, combine_stages.cuh).
 // Source warps   the own node's partial sums, and the results (combine_source.cuh).
 // Request warp   requests for this rank's tokens.
 //
@@ -25,6 +25,7 @@ struct Shared {
     uint32_t is_last;
     int32_t num_taken;
     int32_t num_sources_ended;
+    NetworkFacts network;
     PartialAddends partials[kNumCombineWarps];  // of each warp
 };
 
@@ -58,7 +59,7 @@ __device__ void finish(const CombineArgs& args, const WaitContext& context, Shar
 
 // Not in the unnamed namespace: separate compilation would put this file's name into the kernel's.
 __global__ void __launch_bounds__(kNumCombineWarps * 32, 1) forward_and_sum_kernel(const __grid_constant__ CombineArgs args) {
-    extern __shared__ __align__(16) uint8_t dynamic[];
+    extern __shared__ __align__(128) uint8_t dynamic[];
     __shared__ Shared shared;
     const nvlink::Domain& local = args.domain.local;
     DeviceState* state = local.state();
@@ -68,7 +69,7 @@ __global__ void __launch_bounds__(kNumCombineWarps * 32, 1) forward_and_sum_kern
                                args.num_recv_tokens,
                                {const_cast<uint8_t*>(args.x), nullptr, nullptr, reinterpret_cast<uint8_t*>(const_cast<float*>(args.topk_weights)), nullptr},
                                local.arenas[local.rank]};
-    SourceScratch* scratch = reinterpret_cast<SourceScratch*>(dynamic);
+    SourceScratch* scratch = reinterpret_cast<SourceScratch*>(dynamic + args.num_forward_warps * args.num_warp_bytes);
     uint64_t* served = reinterpret_cast<uint64_t*>(scratch + args.num_source_warps);
     int32_t* asked = reinterpret_cast<int32_t*>(served + args.num_block_contexts);
     const Collection collection{&shared.num_taken, &shared.num_sources_ended, asked + args.num_block_contexts, asked};
@@ -77,6 +78,7 @@ __global__ void __launch_bounds__(kNumCombineWarps * 32, 1) forward_and_sum_kern
         shared.num_taken = shared.num_sources_ended = 0;
         DEEPEP_TRACE(begin_trace());
     }
+    if (threadIdx.x < 32) shared.network.find(args);
     // A block has fewer slots than contexts, or as many.
     for (int i = threadIdx.x; i < args.num_block_contexts; i += blockDim.x) {
         served[i] = 0;
@@ -88,7 +90,9 @@ __global__ void __launch_bounds__(kNumCombineWarps * 32, 1) forward_and_sum_kern
         const BlockSlots slots(static_cast<int>(shared.block), args.geometry.num_slots);
         const int warp = threadIdx.x / 32;
         if (warp < args.num_forward_warps) {
-            ForwardWarp(args, context, shared.handshake, shared.partials[warp], served, slots, warp).run();
+            ForwardWarp(args, context, shared.handshake, shared.partials[warp], dynamic + warp * args.num_warp_bytes, shared.network,
+                        served, slots)
+                .run();
             DEEPEP_TRACE(if (threadIdx.x % 32 == 0) stamp_last(kForwardingOver));
         } else if (warp < args.num_forward_warps + args.num_source_warps) {
             SourceWarp(args, context, shared.handshake, scratch[warp - args.num_forward_warps], shared.partials[warp], collection, slots).run();
@@ -106,7 +110,35 @@ __global__ void __launch_bounds__(kNumCombineWarps * 32, 1) forward_and_sum_kern
 cudaError_t copy_combine_traces(BlockTrace* out) { return copy_traces(out); }
 #endif
 
-void shape_combine(CombineArgs& args, int num_sms, int num_warps) {
+// Stages for the forward warps, and how rows are cut to fit into them, in so many bytes of shared memory.
+void shape_stages(CombineArgs& args, const CombineTuning& tuning, const CombineDevice& device, int num_shared_bytes) {
+    constexpr int kUsualStages = 1, kLeastPartBytes = 1024;
+    const int least = args.domain.group.ranks_per_node;  // the addends of a part
+    const int num_wanted = device.has_stores ? tuning.num_stages.value_or(kUsualStages) : 0;
+    if (num_wanted < 0 || num_wanted > kMaxForwardStages || (num_wanted > 1 && num_wanted < least))
+        throw ArgumentError("combine: num_stages is " + std::to_string(num_wanted) + "; accepted are 0, 1 and " + std::to_string(max_of(2, least)) + " to " +
+                            std::to_string(kMaxForwardStages) + ".");
+    args.num_stages = device.has_bulk ? num_wanted : static_cast<int>(min_of(1, num_wanted));
+    args.loads_weights = args.num_stages > 1 && args.num_topk % 4 == 0;
+    args.num_stage_bytes = args.num_warp_bytes = 0;
+    if (args.num_stages == 0) return;
+    const int64_t num_tail_bytes = args.message.num_bytes() - args.message.num_row_bytes;  // behind the last part
+    const int num_head_bytes = args.geometry.num_slot_rows * 4 * kMaxNodeRanks;
+    const int64_t num_warp_bytes = num_shared_bytes / args.num_forward_warps / 128 * 128 - num_head_bytes;
+    const int64_t num_stage_bytes = (num_warp_bytes / args.num_stages - static_cast<int>(sizeof(StageState))) / 128 * 128;
+    const int64_t max_part_bytes = num_stage_bytes - num_tail_bytes;
+    if (max_part_bytes < min_of(kLeastPartBytes, args.message.num_row_bytes)) {
+        args.num_stages = 0;
+        return;
+    }
+    args.parts = RowParts::cut(args.message.num_row_bytes, max_part_bytes);
+    args.num_stage_bytes = static_cast<int>(align_up(args.parts.num_part_bytes + num_tail_bytes, 128));
+    args.num_warp_bytes = static_cast<int>(align_up(args.num_stages * (args.num_stage_bytes + static_cast<int>(sizeof(StageState))) + num_head_bytes, 128));
+    args.num_dynamic_bytes += args.num_forward_warps * args.num_warp_bytes;
+}
+
+void shape_combine(CombineArgs& args, const CombineTuning& tuning, const CombineDevice& device) {
+    const int num_sms = tuning.num_sms, num_warps = tuning.num_warps;
     const int num_nodes = args.domain.group.num_nodes();
     if (num_nodes < 2 || num_nodes > kMaxCombineNodes)
         throw ArgumentError("combine: the group has " + std::to_string(num_nodes) + " nodes; accepted are 2 to " + std::to_string(kMaxCombineNodes) + ".");
@@ -123,6 +155,8 @@ void shape_combine(CombineArgs& args, int num_sms, int num_warps) {
     if (args.num_dynamic_bytes > kMaxPlainSharedBytes)
         throw ArgumentError("combine: " + std::to_string(num_nodes) + " nodes on " + std::to_string(num_sms) + " SMs need " +
                             std::to_string(args.num_dynamic_bytes) + " bytes of shared memory; there are " + std::to_string(kMaxPlainSharedBytes) + ". Use more SMs.");
+    // Besides: what the kernel declares, and up to 128 bytes to align what follows it.
+    shape_stages(args, tuning, device, device.num_shared_bytes - static_cast<int>(sizeof(Shared)) - 128 - args.num_dynamic_bytes);
 }
 
 cudaError_t launch_combine(const CombineArgs& args, int num_sms, cudaStream_t stream) {
@@ -130,11 +164,12 @@ cudaError_t launch_combine(const CombineArgs& args, int num_sms, cudaStream_t st
     return cudaGetLastError();
 }
 
-cudaError_t prepare_combine() {
+cudaError_t prepare_combine(int num_shared_bytes) {
     cudaFuncAttributes attributes;
     const cudaError_t status = cudaFuncGetAttributes(&attributes, forward_and_sum_kernel);
     if (status != cudaSuccess) return status;
-    return cudaFuncSetAttribute(forward_and_sum_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kMaxPlainSharedBytes);
+    return cudaFuncSetAttribute(forward_and_sum_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                num_shared_bytes - static_cast<int>(attributes.sharedSizeBytes));
 }
 
 }  // namespace deepep::internode

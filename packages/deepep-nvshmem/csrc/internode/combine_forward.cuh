@@ -1,22 +1,48 @@
 #pragma once
 // Forward warps: partial sums of this node for tokens of other nodes, where they are asked for.
 //
-// A context is one slot of one other node's ring. Its requests come one at a time; the answer is put together in the slot of the send ring and
-// goes to the same slot of the source's receive ring. Any warp of the block takes any request, and none is waited for, because a source may not
+// A context is one slot of one other node's ring. Its requests come one at a time; the answer is put together in the slot of the send ring, or in the
+// warp's shared memory where the source is reached by stores (combine_stages.cuh), and goes to the same slot of the source's receive ring. Any warp of the block takes any request, and none is waited for, because a source may not
 // go on with one before another has been answered.
 #include "combine_parts.cuh"
+#include "combine_stages.cuh"
 #include "internode/trace.cuh"
 
 namespace deepep::internode {
 namespace {
 
+// What the forward warps of a block look up again and again, in shared memory: a load from device memory takes long.
+struct NetworkFacts {
+    uint64_t nodes_stored_to;               // the other nodes whose peer is reached by stores, a bit for each; none where there are no stages
+    int32_t rank_prefix[kMaxCombineNodes];  // recv_rdma_rank_prefix
+
+    // By one warp; a barrier of the block follows.
+    __device__ void find(const CombineArgs& args) {
+        const Group& group = args.domain.group;
+        const int num_nodes = group.num_nodes();
+        uint64_t nodes = 0;
+        for (int first = 0; first < num_nodes; first += 32) {
+            const int node = first + static_cast<int>(threadIdx.x % 32);
+            bool is_stored_to = false;
+            if (node < num_nodes) {
+                rank_prefix[node] = args.recv_rdma_rank_prefix[node];
+                is_stored_to = args.num_stages > 0 && node != group.node() && network::has_stores_to(args.domain.network, group.peer_of(node));
+            }
+            nodes |= static_cast<uint64_t>(__ballot_sync(~0u, is_stored_to)) << first;
+        }
+        if (threadIdx.x % 32 == 0) nodes_stored_to = nodes;
+    }
+};
+
 class ForwardWarp {
 public:
     // `served`: the newest word that a warp has acted upon, of each context of this block, in shared memory; zero at the start.
-    __device__ ForwardWarp(const CombineArgs& args, const WaitContext& context, const nvlink::Handshake& handshake, PartialAddends& addends,
-                           uint64_t* served, const BlockSlots& slots, int warp)
+    // `stages`: this warp's memory for them.
+    __device__ ForwardWarp(const CombineArgs& args, const WaitContext& context, const nvlink::Handshake& handshake, PartialAddends& addends, uint8_t* stages,
+                           const NetworkFacts& network, uint64_t* served, const BlockSlots& slots)
         : args_(args), context_(context), handshake_(handshake), addends_(addends), served_(reinterpret_cast<unsigned long long*>(served)), slots_(slots),
-          lane_(threadIdx.x % 32), warp_(warp), num_others_(args.domain.group.num_nodes() - 1), num_contexts_(slots.count * num_others_) {}
+          lane_(threadIdx.x % 32), num_others_(args.domain.group.num_nodes() - 1), num_contexts_(slots.count * num_others_),
+          network_(network), stages_(args, context, handshake, addends, stages) {}
 
     __device__ void run() {
         uint64_t idle_since_ns = 0;
@@ -41,7 +67,7 @@ public:
                 const uint32_t ready = __ballot_sync(~0u, is_new);
                 if (ready == 0) continue;
                 has_moved = true;
-                const int from = choose_lane(ready, warp_);
+                const int from = choose_lane(ready, threadIdx.x / 32);
                 bool is_mine = false;
                 if (lane_ == from && atomicCAS(served_ + index, before, word) == before) {
                     // The request permits stores to both slots: it is acquired.
@@ -83,8 +109,8 @@ private:
     __device__ bool serve(int index, const Request& request) {
         const Domain& domain = args_.domain;
         const int own_node = domain.group.node(), node = node_of(index), slot = slot_of(index), peer = domain.group.peer_of(node);
-        const int64_t begin_of_node = node == 0 ? 0 : args_.recv_rdma_rank_prefix[node - 1];
-        const int64_t end_of_node = min_of(args_.recv_rdma_rank_prefix[node], args_.num_forward_rows);
+        const int64_t begin_of_node = node == 0 ? 0 : network_.rank_prefix[node - 1];
+        const int64_t end_of_node = min_of(network_.rank_prefix[node], args_.num_forward_rows);
         if (request.count < 1 || request.count > args_.geometry.num_slot_rows || request.begin < begin_of_node || begin_of_node < 0 ||
             request.begin + request.count > end_of_node) {
             if (lane_ == 0) {
@@ -95,18 +121,38 @@ private:
             return false;
         }
         const int64_t num_message_bytes = args_.geometry.num_message_bytes;
-        uint8_t* chunk = domain.window.send_ring(domain.network, own_node, node) + args_.geometry.slot_offset(slot);
-        int32_t head = head_of(args_, request.begin);
-        for (int i = 0; i < request.count; ++i) {
-            const int32_t next_head = i + 1 < request.count ? head_of(args_, request.begin + i + 1) : -1;
-            uint8_t* message = chunk + i * num_message_bytes;
-            const int num_rows = list_over_node(args_, context_, handshake_, addends_, head);
-            sum_listed(args_, addends_, num_rows, message, reinterpret_cast<float*>(message + args_.message.weights_offset()));
-            head = next_head;
+        // What is put together with the signal: the last part of the answer, or all of it.
+        uint8_t* to = domain.window.receive_ring(domain.network, node, own_node) + args_.geometry.slot_offset(slot);
+        const uint8_t* from;
+        int64_t num_bytes;
+        if (network_.nodes_stored_to >> node & 1) {
+            stages_.begin(request.begin, request.count);
+            while (true) {
+                const ForwardStages::Part part = stages_.next();
+                if (part.is_last) {
+                    to += part.offset;
+                    from = part.from;
+                    num_bytes = part.num_bytes;
+                    break;
+                }
+                network::put_part(to + part.offset, part.from, part.num_bytes, peer);
+            }
+        } else {
+            uint8_t* chunk = domain.window.send_ring(domain.network, own_node, node) + args_.geometry.slot_offset(slot);
+            int32_t head = head_of(args_, request.begin);
+            for (int i = 0; i < request.count; ++i) {
+                const int32_t next_head = i + 1 < request.count ? head_of(args_, request.begin + i + 1) : -1;
+                uint8_t* message = chunk + i * num_message_bytes;
+                const int num_rows = list_over_node(args_, context_, handshake_, addends_, head);
+                sum_listed(args_, addends_, num_rows, message, reinterpret_cast<float*>(message + args_.message.weights_offset()));
+                head = next_head;
+            }
+            from = chunk;
+            num_bytes = request.count * num_message_bytes;
         }
         __syncwarp();
-        network::put_chunk(domain.window.receive_ring(domain.network, node, own_node) + args_.geometry.slot_offset(slot), chunk,
-                           request.count * num_message_bytes, domain.window.full(domain.network, NetworkWindow::kCombineFull, own_node) + slot,
+        // Its fence, behind a warp barrier, comes after the stores of the parts before as well.
+        network::put_chunk(to, from, num_bytes, domain.window.full(domain.network, NetworkWindow::kCombineFull, own_node) + slot,
                            chunk_word(context_.epoch, request.begin), peer);
         DEEPEP_TRACE(if (lane_ == 0) stamp_first(kAnswerSent), stamp_last(kAnswerSent), count_moved(kMovedBySenders));
         return true;
@@ -119,9 +165,10 @@ private:
     unsigned long long* served_;
     const BlockSlots slots_;
     const int lane_;
-    const int warp_;
     const int num_others_;
     const int num_contexts_;
+    const NetworkFacts& network_;
+    ForwardStages stages_;
 };
 
 }  // namespace

@@ -40,39 +40,50 @@ __device__ __forceinline__ int other_node(const Group& group, int other) {
     return node >= group.num_nodes() ? node - group.num_nodes() : node;
 }
 
-// Lists the rows of a token at the ranks of this node that hold it, in rank order; returns how many. `head` is the row at the rank that this lane
-// stands for, or -1. Called by a whole warp.
-__device__ __forceinline__ int list_over_node(const CombineArgs& args, const WaitContext& context, const nvlink::Handshake& handshake,
-                                              PartialAddends& addends, int32_t head) {
+// The row at the rank that this lane stands for, or -1 where there is none within what that rank has granted.
+__device__ __forceinline__ int32_t held_head(const CombineArgs& args, const WaitContext& context, const nvlink::Handshake& handshake, int32_t head) {
     const int lane = threadIdx.x % 32;
-    const bool is_rank = lane < args.domain.group.ranks_per_node;
+    if (lane >= args.domain.group.ranks_per_node || head < 0) return -1;
+    const int64_t num_rows = handshake.grants[lane % kMaxNodeRanks].num_rows;  // 0 or more
+    if (head < num_rows) return head;
+    report_error(context, ErrorKind::kOverflow, Phase::kRows, args.domain.group.node() * args.domain.group.ranks_per_node + lane, head, num_rows, 0);
+    return -1;
+}
+
+// Lists the rows of a token at the ranks of this node that hold it, in rank order, each from byte `begin` on; returns how many. `head` is the row at the
+// rank that this lane stands for, or -1. Called by a whole warp.
+__device__ __forceinline__ int list_over_node(const CombineArgs& args, const WaitContext& context, const nvlink::Handshake& handshake,
+                                              PartialAddends& addends, int32_t head, int64_t begin = 0) {
+    const int lane = threadIdx.x % 32;
     const nvlink::Grant& grant = handshake.grants[lane % kMaxNodeRanks];
-    const bool is_held = is_rank && head >= 0 && head < grant.num_rows;
-    if (is_rank && head >= grant.num_rows)  // num_rows is 0 or more
-        report_error(context, ErrorKind::kOverflow, Phase::kRows, args.domain.group.node() * args.domain.group.ranks_per_node + lane, head, grant.num_rows, 0);
+    const bool is_held = held_head(args, context, handshake, head) >= 0;
     const uint32_t mask = __ballot_sync(~0u, is_held);
     __syncwarp();  // all lanes have read the list of the row before
     if (is_held) {
         const int place = __popc(mask & ((1u << lane) - 1));
-        addends.rows[place] = grant.rows + head * args.message.num_row_bytes;
+        addends.rows[place] = grant.rows + head * args.message.num_row_bytes + begin;
         addends.weights[place] = reinterpret_cast<const float*>(grant.weights) + static_cast<int64_t>(head) * args.num_topk;
     }
     __syncwarp();
     return __popc(mask);
 }
 
-// Sums what is listed into `out` (and its weights). Called by a whole warp.
-__device__ __forceinline__ void sum_listed(const CombineArgs& args, const PartialAddends& addends, int num_rows, uint8_t* out, float* out_weights) {
-    const int lane = threadIdx.x % 32;
+// Sums so many bytes of what is listed into `out`, and the weights, if they are wanted. Called by a whole warp.
+__device__ __forceinline__ void sum_listed(const CombineArgs& args, const PartialAddends& addends, int num_rows, int num_bytes, uint8_t* out, float* out_weights) {
+    const int lane = threadIdx.x % 32, num_weights = out_weights == nullptr ? 0 : args.num_topk;
     // Reads across NVLink take microseconds: those of the weights (lane = choice) are under way while the rows are summed.
     float weights[kMaxNodeRanks];
 #pragma unroll
-    for (int i = 0; i < kMaxNodeRanks; ++i) weights[i] = lane < args.num_topk && i < num_rows ? addends.weights[i][lane] : 0.0f;
-    sum_rows(addends.rows, num_rows, static_cast<int>(args.message.num_row_bytes), out);
+    for (int i = 0; i < kMaxNodeRanks; ++i) weights[i] = lane < num_weights && i < num_rows ? addends.weights[i][lane] : 0.0f;
+    sum_rows(addends.rows, num_rows, num_bytes, out);
     float sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < kMaxNodeRanks; ++i) sum = __fadd_rn(sum, weights[i]);  // adding +0 changes no sum that starts from +0
-    if (lane < args.num_topk) out_weights[lane] = sum;
+    if (lane < num_weights) out_weights[lane] = sum;
+}
+
+__device__ __forceinline__ void sum_listed(const CombineArgs& args, const PartialAddends& addends, int num_rows, uint8_t* out, float* out_weights) {
+    sum_listed(args, addends, num_rows, static_cast<int>(args.message.num_row_bytes), out, out_weights);
 }
 
 // The row at each local rank of forwarded row f: lane r asks for rank r.

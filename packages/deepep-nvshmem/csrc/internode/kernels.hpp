@@ -178,6 +178,11 @@ struct CombineArgs {
     // how; what follows `geometry` is combine.cu's own
     CombineMessage message;
     ChunkGeometry geometry;
+    RowParts parts;          // of a row in a stage
+    int num_stages;          // of each forward warp, in shared memory; 0: all answers come out of the send ring. More than one: filled by bulk loads
+    int num_stage_bytes;
+    int num_warp_bytes;      // of a forward warp's stages and what belongs to them
+    bool loads_weights;      // a row's weights can be loaded in bulk
     int num_forward_warps;
     int num_source_warps;
     int num_block_contexts;  // of all nodes in one block, at most
@@ -189,6 +194,7 @@ constexpr int kMaxDeliverWarps = 14;
 constexpr int kMaxDeliverStages = 8;    // of each
 constexpr int kNumCreditWarps = 1;
 constexpr int kMaxDispatchWarps = 16;  // of all roles together
+constexpr int kMaxForwardStages = 16;   // of each forward warp of combine
 constexpr int kMaxPlainSharedBytes = 92 * 1024;  // without bulk copies; every GPU from SM80 has as much
 
 // What the caller asks of a kernel's shape; 0 means: choose.
@@ -202,6 +208,19 @@ struct Tuning {
     bool may_send_directly = true;
 };
 
+struct CombineTuning {
+    int num_sms;
+    int num_warps;                  // forward warps; 0: choose
+    std::optional<int> num_stages;  // of each: 0 (answers come out of the send ring), 1, or as many as a node has ranks and more, filled by bulk loads
+};
+
+// What combine may count on.
+struct CombineDevice {
+    bool has_bulk;
+    bool has_stores;       // some rank of another node is reached by stores
+    int num_shared_bytes;  // that a block may have in all
+};
+
 cudaError_t launch_layout(const LayoutArgs& args, cudaStream_t stream);
 cudaError_t launch_counts(const NotifyArgs& args, cudaStream_t stream);
 cudaError_t launch_plan(const PlanArgs& args, cudaStream_t stream);
@@ -210,14 +229,14 @@ cudaError_t launch_combine(const CombineArgs& args, int num_sms, cudaStream_t st
 
 // Fill the fields under "how" (but message and geometry) from the others; ArgumentError for what cannot be.
 void shape_dispatch(DispatchArgs& args, const Tuning& tuning, bool has_bulk);
-void shape_combine(CombineArgs& args, int num_sms, int num_warps);
+void shape_combine(CombineArgs& args, const CombineTuning& tuning, const CombineDevice& device);
 
 // Load the kernels of each file on the current device (lazy loading may not meet a spinning kernel) and raise their shared-memory limits.
 cudaError_t prepare_layout();
 cudaError_t prepare_counts();
 cudaError_t prepare_plan();
 cudaError_t prepare_dispatch(bool has_bulk);
-cudaError_t prepare_combine();
+cudaError_t prepare_combine(int num_shared_bytes);
 
 #if DEEPEP_COUNT_PUTS
 // What the kernels of this rank have handed to the network so far.

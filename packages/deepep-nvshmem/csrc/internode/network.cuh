@@ -15,7 +15,8 @@ extern __device__ PutCounts put_counts;
 #endif
 
 // By a whole warp: copies bytes to the same address at `pe`, then stores `value` to `word` there. Whoever acquires the word at `pe` finds the
-// bytes. `from` may be written again once the peer has said that it has consumed them: this call may return before they have been read.
+// bytes. `from` may be written again once the peer has said that it has consumed them: this call may return before they have been read
+// (not where has_stores_to(pe): then its lanes have read them, and a warp barrier has joined them).
 // What the lanes stored to `from` is joined by the function's own warp barrier.
 __device__ __forceinline__ void put_chunk(void* to, const void* from, int64_t num_bytes, uint64_t* word, uint64_t value, int pe) {
 #if DEEPEP_COUNT_PUTS

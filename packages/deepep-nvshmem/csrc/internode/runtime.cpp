@@ -33,6 +33,14 @@ Function host_library_function(const char* name) {
     return reinterpret_cast<Function>(address);
 }
 
+// Whether this GPU reaches the memory of some rank of another node by stores.
+bool has_stores_to_others(const Group& group, uint64_t network_ptr) {
+    const auto pointer_at = host_library_function<void* (*)(const void*, int)>("nvshmem_ptr");
+    for (int node = 0; node < group.num_nodes(); ++node)
+        if (node != group.node() && pointer_at(reinterpret_cast<const void*>(network_ptr), group.peer_of(node)) != nullptr) return true;
+    return false;
+}
+
 }  // namespace
 
 int64_t Runtime::window_bytes(int ranks_per_node) {
@@ -70,6 +78,7 @@ Runtime::Runtime(const RuntimeConfig& config) : config_(config) {
     check_runtime(cudaDeviceGetAttribute(&num_device_sms_, cudaDevAttrMultiProcessorCount, config.device), "asking for the SM count");
     check_runtime(cudaDeviceGetAttribute(&num_shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, config.device), "asking for the shared memory size");
     has_bulk_ = major >= 9 && num_shared_bytes >= nvlink::kMaxSharedBytes && nvlink::is_sm90_compiled();
+    combine_device_ = {has_bulk_, has_stores_to_others(group, config.network_ptr), static_cast<int>(min_of(num_shared_bytes, nvlink::kMaxSharedBytes))};
 
     nvlink::Domain& local = domain_.local;
     local.rank = group.local_rank();
@@ -90,7 +99,7 @@ Runtime::Runtime(const RuntimeConfig& config) : config_(config) {
     check_runtime(prepare_counts(), "loading the counts kernel");
     check_runtime(prepare_plan(), "loading the plan kernel");
     check_runtime(prepare_dispatch(has_bulk_), "loading the dispatch kernel");
-    check_runtime(prepare_combine(), "loading the combine kernel");
+    check_runtime(prepare_combine(combine_device_.num_shared_bytes), "loading the combine kernel");
     // Again, because NVSHMEM's memory may have grown since.
     const int status = attach_network(config.device);
     if (status != 0) throw NativeError("NVSHMEM did not accept the kernels of this extension (nvshmemx_cumodule_init answered " + text(status) + ").");
@@ -295,10 +304,10 @@ bool Runtime::dispatch(DispatchArgs args, const int32_t* unlisted_rdma_head, con
     return true;
 }
 
-void Runtime::combine(CombineArgs args, int64_t num_row_bytes, int num_sms, int num_warps, cudaStream_t stream) {
+void Runtime::combine(CombineArgs args, int64_t num_row_bytes, const CombineTuning& tuning, cudaStream_t stream) {
     page_.require_open();
     require_rows("combine", num_row_bytes, args.num_tokens, args.num_topk);
-    require_sms("combine", num_sms);
+    require_sms("combine", tuning.num_sms);
     require(args.num_recv_tokens >= 0 && args.num_recv_tokens <= std::numeric_limits<int32_t>::max(),
             "combine: num_recv_tokens is " + text(args.num_recv_tokens) + ".");
     require(args.num_forward_rows >= 0 && args.num_forward_rows <= kMaxForwardRows, "combine: num_forward_rows is " + text(args.num_forward_rows) + ".");
@@ -313,9 +322,9 @@ void Runtime::combine(CombineArgs args, int64_t num_row_bytes, int num_sms, int 
     args.domain = domain_;
     args.message = {num_row_bytes, args.num_topk};
     args.geometry = geometry_of("combine", args.message.num_bytes());
-    shape_combine(args, num_sms, num_warps);
+    shape_combine(args, tuning, combine_device_);
     const DeviceGuard guard(config_.device);
-    check_runtime(launch_combine(args, num_sms, stream), "launching combine");
+    check_runtime(launch_combine(args, tuning.num_sms, stream), "launching combine");
 }
 
 }  // namespace deepep::internode

@@ -74,8 +74,7 @@ public:
     // False: with awaited counts, when they did not come, something is wrong with them, or the rows do not fit. Where
     // tokens_to_node is still to be made (a cached dispatch), `unlisted_rdma_head` is the handle's send_rdma_head; else null.
     bool dispatch(DispatchArgs args, const int32_t* unlisted_rdma_head, const Tuning& tuning, const AwaitedCounts& awaited, cudaStream_t stream);
-    // num_warps: forward warps of a block; 0: chosen.
-    void combine(CombineArgs args, int64_t num_row_bytes, int num_sms, int num_warps, cudaStream_t stream);
+    void combine(CombineArgs args, int64_t num_row_bytes, const CombineTuning& tuning, cudaStream_t stream);
 
 private:
     void clear_memory(cudaStream_t stream) const;
@@ -91,6 +90,7 @@ private:
     int64_t num_private_bytes_ = 0;
     int num_device_sms_ = 0;
     bool has_bulk_ = false;
+    CombineDevice combine_device_{};
     int num_dispatch_experts_ = 0;
 };
 

@@ -184,4 +184,6 @@ class Runtime:
         num_sms: int,
         stream: int,
         num_warps: int = 0,
+        # 0: answers come out of the send ring; where peers are reached by stores: 1, or P and more (bulk loads)
+        num_stages: int | None = None,
     ) -> None: ...

@@ -43,7 +43,7 @@ class Task:
     ranks_per_node: int
     operations: tuple[str, ...]
     sms: tuple[int, ...]
-    tunings: tuple[str, ...]
+    tunings: dict[str, tuple[str, ...]]  # of each kernel
     num_calls: int
     has_trace: bool
     megahertz: float
@@ -192,7 +192,7 @@ def measure(context: RankContext, task: Task) -> None:
             kernel = kernel_of(operation)
             for sms in task.sms:
                 Buffer.set_num_sms(sms)
-                for tuning in task.tunings if kernel == "dispatch" else ("",):
+                for tuning in task.tunings[kernel]:
                     bench.tuned.more[kernel] = parsed(tuning)
                     what = f"{nodes} {operation:8s} {sms:3d} SMs {tuning or 'as chosen':42s}"
                     try:
@@ -229,6 +229,7 @@ def main() -> None:
     parser.add_argument("--what", nargs="+", choices=OPERATIONS, default=["dispatch", "combine"])
     parser.add_argument("--sms", type=int, nargs="+", default=[24])
     parser.add_argument("--tunings", nargs="+", default=[""], help="of dispatch; empty: what the library chooses")
+    parser.add_argument("--combine-tunings", nargs="+", default=[""])
     parser.add_argument("--calls", type=int, default=20)
     parser.add_argument("--window-mb", type=int, help="DEEPEP_NVSHMEM_WINDOW_MB")
     parser.add_argument("--trace", action="store_true")
@@ -252,7 +253,7 @@ def main() -> None:
                 ranks_per_node=ranks_per_node,
                 operations=tuple(options.what),
                 sms=tuple(options.sms),
-                tunings=tuple(options.tunings),
+                tunings={"dispatch": tuple(options.tunings), "combine": tuple(options.combine_tunings)},
                 num_calls=options.calls,
                 has_trace=options.trace,
                 megahertz=options.megahertz,

@@ -1,0 +1,95 @@
+"""Combine between ranks that reach each other by stores: answers are put together in shared memory, in stages."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+if torch.cuda.is_available() and os.environ.get("DEEPEP_EMULATED") != "1":
+    pytest.skip("runs on the emulator alone (or DEEPEP_EMULATED=1)", allow_module_level=True)
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from internode_oracle import check_combine
+from internode_steps import WORLDS, back, dispatched, round_trips, world_of
+from internode_world import Case, combine, emulator, machine, make_combined
+
+if obstacle := emulator.obstacle():
+    pytest.skip(obstacle, allow_module_level=True)
+
+CASES = [
+    Case(num_tokens=(30, 31), ranks_per_node=1, hidden_bytes=2048, num_topk=8, num_sms=1),
+    Case(num_tokens=(9, 8, 7, 10), ranks_per_node=1, num_biases=2),
+    Case(num_tokens=(20, 21, 22, 23), num_topk=3, num_ring_messages=6),
+    Case(num_tokens=(12,) * 8, ranks_per_node=4, num_topk=6, num_experts=32),
+    Case(num_tokens=(5,) * 16, ranks_per_node=8, num_topk=8, num_experts=64),
+    # Rows of more bytes than a stage has, whose last part is shorter than the others.
+    Case(num_tokens=(4, 6), ranks_per_node=1, hidden_bytes=14336, num_forward_warps=14),
+    Case(num_tokens=(3, 2, 1, 2), hidden_bytes=32784, num_topk=5),
+    Case(num_tokens=(6, 7), ranks_per_node=1, hidden_bytes=16, num_topk=1),
+]
+
+
+@pytest.fixture(autouse=True)
+def _closed_worlds() -> Iterator[None]:
+    torch.set_num_threads(1)
+    machine().set_resident(0)
+    yield
+    while WORLDS:
+        WORLDS.pop().close()
+
+
+def stages(case: Case, more: int) -> Case:
+    """0 and 1 as they are; otherwise so many more than a part may have addends."""
+    num_stages = more if more < 2 else min(16, case.ranks_per_node + more - 1)
+    return replace(case, has_stores=True, num_forward_stages=num_stages)
+
+
+@pytest.mark.parametrize("more", [0, 1, 2, 4])
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_any_number_of_stages_gives_the_same_bits(case: Case, more: int) -> None:
+    round_trips(stages(case, more), order=more)
+
+
+@pytest.mark.parametrize("order", range(3))
+@pytest.mark.parametrize("more", [1, 2])
+@pytest.mark.parametrize("ranks_per_node", [1, 2])
+def test_stages_are_used_again_by_one_combine_after_the_other(ranks_per_node: int, more: int, order: int) -> None:
+    case = Case(num_tokens=(40, 0, 41, 5), ranks_per_node=ranks_per_node, num_sms=1, num_ring_messages=20)
+    case = stages(replace(case, hidden_bytes=2048, num_forward_warps=2), more)
+    world = world_of(case, order=order)
+    ranks, _, rows = dispatched(world, case)
+    steps = [back(world, case, ranks, list(rows), seed=seed) for seed in range(3)]
+    world.check()
+    for step in steps:
+        step.check()
+
+
+@pytest.mark.parametrize("more", [0, 1, 2])
+def test_zeros_come_back_without_a_sign(more: int) -> None:
+    """The source's sum begins with +0, whatever the partial sum of a single row is."""
+    case = stages(Case(num_tokens=(5, 6), ranks_per_node=1, num_topk=1, routing="other_nodes"), more)
+    world = world_of(case)
+    ranks, _, rows = dispatched(world, case)
+    combined = make_combined(world, case, list(rows))
+    for c in combined:
+        c.y.fill_(-0.0)
+    combine(world, case, ranks, combined)
+    world.check()
+    check_combine(case, ranks, combined)
+    assert all((c.out.view(torch.int16) == 0).all() for c in combined)
+
+
+@pytest.mark.parametrize("num_stages", [-1, 2, 17])
+def test_numbers_of_stages_that_cannot_be_are_refused(num_stages: int) -> None:
+    case = Case(num_tokens=(3, 2, 1) * 2, ranks_per_node=3, num_experts=12, has_stores=True)
+    world = world_of(case)
+    ranks, _, rows = dispatched(world, case)
+    world.check()
+    with pytest.raises(Exception, match="accepted are 0, 1 and 3 to 16"):
+        back(world, replace(case, num_forward_stages=num_stages), ranks, list(rows))
