@@ -1,6 +1,6 @@
 // Combine across nodes: every token's expert outputs come back and are summed; what crosses between nodes is one partial sum per token and node.
 //
-// Forward warps  partial sums of this node for tokens of other nodes, on request (combine_forward.cuh, combine_stages.cuh).
+// Forward warps  partial sums of this node for tokens of other nodes, on request (combine_forward.cuh, combine_direct.cuh).
 // Source warps   the own node's partial sums, and the results (combine_source.cuh).
 // Request warp   requests for this rank's tokens.
 //
@@ -110,30 +110,19 @@ __global__ void __launch_bounds__(kNumCombineWarps * 32, 1) forward_and_sum_kern
 cudaError_t copy_combine_traces(BlockTrace* out) { return copy_traces(out); }
 #endif
 
-// Stages for the forward warps, and how rows are cut to fit into them, in so many bytes of shared memory.
-void shape_stages(CombineArgs& args, const CombineTuning& tuning, const CombineDevice& device, int num_shared_bytes) {
-    constexpr int kUsualStages = 1, kLeastPartBytes = 1024;
-    const int least = args.domain.group.ranks_per_node;  // the addends of a part
-    const int num_wanted = device.has_stores ? tuning.num_stages.value_or(kUsualStages) : 0;
-    if (num_wanted < 0 || num_wanted > kMaxForwardStages || (num_wanted > 1 && num_wanted < least))
-        throw ArgumentError("combine: num_stages is " + std::to_string(num_wanted) + "; accepted are 0, 1 and " + std::to_string(max_of(2, least)) + " to " +
-                            std::to_string(kMaxForwardStages) + ".");
-    args.num_stages = device.has_bulk ? num_wanted : static_cast<int>(min_of(1, num_wanted));
-    args.loads_weights = args.num_stages > 1 && args.num_topk % 4 == 0;
-    args.num_stage_bytes = args.num_warp_bytes = 0;
-    if (args.num_stages == 0) return;
+// A stage for each forward warp, and how rows are cut to fit into it, in so many bytes of shared memory.
+void shape_stages(CombineArgs& args, int num_shared_bytes) {
+    constexpr int kLeastPartBytes = 1024;
     const int64_t num_tail_bytes = args.message.num_bytes() - args.message.num_row_bytes;  // behind the last part
     const int num_head_bytes = args.geometry.num_slot_rows * 4 * kMaxNodeRanks;
-    const int64_t num_warp_bytes = num_shared_bytes / args.num_forward_warps / 128 * 128 - num_head_bytes;
-    const int64_t num_stage_bytes = (num_warp_bytes / args.num_stages - static_cast<int>(sizeof(StageState))) / 128 * 128;
-    const int64_t max_part_bytes = num_stage_bytes - num_tail_bytes;
+    const int64_t max_part_bytes = (num_shared_bytes / args.num_forward_warps - num_head_bytes) / 128 * 128 - 128 - num_tail_bytes;
     if (max_part_bytes < min_of(kLeastPartBytes, args.message.num_row_bytes)) {
-        args.num_stages = 0;
+        args.sends_directly = false;
         return;
     }
     args.parts = RowParts::cut(args.message.num_row_bytes, max_part_bytes);
     args.num_stage_bytes = static_cast<int>(align_up(args.parts.num_part_bytes + num_tail_bytes, 128));
-    args.num_warp_bytes = static_cast<int>(align_up(args.num_stages * (args.num_stage_bytes + static_cast<int>(sizeof(StageState))) + num_head_bytes, 128));
+    args.num_warp_bytes = static_cast<int>(align_up(args.num_stage_bytes + num_head_bytes, 128));
     args.num_dynamic_bytes += args.num_forward_warps * args.num_warp_bytes;
 }
 
@@ -143,8 +132,10 @@ void shape_combine(CombineArgs& args, const CombineTuning& tuning, const Combine
     if (num_nodes < 2 || num_nodes > kMaxCombineNodes)
         throw ArgumentError("combine: the group has " + std::to_string(num_nodes) + " nodes; accepted are 2 to " + std::to_string(kMaxCombineNodes) + ".");
     constexpr int kNumSummingWarps = kNumCombineWarps - kNumRequestWarps;
-    // Where a node has one rank, nothing is pulled and the forward warps' puts decide.
-    const int usual = args.domain.group.ranks_per_node == 1 ? 14 : 10;
+    args.sends_directly = device.has_stores && tuning.may_send_directly;
+    args.num_stage_bytes = args.num_warp_bytes = 0;
+    // Where a node has one rank nothing is pulled, and puts out of the ring decide.
+    const int usual = args.domain.group.ranks_per_node == 1 && !args.sends_directly ? 14 : 10;
     args.num_forward_warps = num_warps > 0 ? num_warps : usual;
     if (args.num_forward_warps >= kNumSummingWarps)
         throw ArgumentError("combine: num_warps is " + std::to_string(num_warps) + "; accepted are 1 to " + std::to_string(kNumSummingWarps - 1) +
@@ -156,7 +147,7 @@ void shape_combine(CombineArgs& args, const CombineTuning& tuning, const Combine
         throw ArgumentError("combine: " + std::to_string(num_nodes) + " nodes on " + std::to_string(num_sms) + " SMs need " +
                             std::to_string(args.num_dynamic_bytes) + " bytes of shared memory; there are " + std::to_string(kMaxPlainSharedBytes) + ". Use more SMs.");
     // Besides: what the kernel declares, and up to 128 bytes to align what follows it.
-    shape_stages(args, tuning, device, device.num_shared_bytes - static_cast<int>(sizeof(Shared)) - 128 - args.num_dynamic_bytes);
+    if (args.sends_directly) shape_stages(args, device.num_shared_bytes - static_cast<int>(sizeof(Shared)) - 128 - args.num_dynamic_bytes);
 }
 
 cudaError_t launch_combine(const CombineArgs& args, int num_sms, cudaStream_t stream) {

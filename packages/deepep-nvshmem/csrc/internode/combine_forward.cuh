@@ -2,10 +2,10 @@
 // Forward warps: partial sums of this node for tokens of other nodes, where they are asked for.
 //
 // A context is one slot of one other node's ring. Its requests come one at a time; the answer is put together in the slot of the send ring, or in the
-// warp's shared memory where the source is reached by stores (combine_stages.cuh), and goes to the same slot of the source's receive ring. Any warp of the block takes any request, and none is waited for, because a source may not
-// go on with one before another has been answered.
+// warp's shared memory where the source is reached by stores (combine_direct.cuh), and goes to the same slot of the source's receive ring. Any warp of the
+// block takes any request, and none is waited for, because a source may not go on with one before another has been answered.
+#include "combine_direct.cuh"
 #include "combine_parts.cuh"
-#include "combine_stages.cuh"
 #include "internode/trace.cuh"
 
 namespace deepep::internode {
@@ -13,7 +13,7 @@ namespace {
 
 // What the forward warps of a block look up again and again, in shared memory: a load from device memory takes long.
 struct NetworkFacts {
-    uint64_t nodes_stored_to;               // the other nodes whose peer is reached by stores, a bit for each; none where there are no stages
+    uint64_t nodes_stored_to;               // the other nodes whose peer is reached by stores, a bit for each; none where answers go through the ring
     int32_t rank_prefix[kMaxCombineNodes];  // recv_rdma_rank_prefix
 
     // By one warp; a barrier of the block follows.
@@ -26,7 +26,7 @@ struct NetworkFacts {
             bool is_stored_to = false;
             if (node < num_nodes) {
                 rank_prefix[node] = args.recv_rdma_rank_prefix[node];
-                is_stored_to = args.num_stages > 0 && node != group.node() && network::has_stores_to(args.domain.network, group.peer_of(node));
+                is_stored_to = args.sends_directly && node != group.node() && network::has_stores_to(args.domain.network, group.peer_of(node));
             }
             nodes |= static_cast<uint64_t>(__ballot_sync(~0u, is_stored_to)) << first;
         }
@@ -37,12 +37,12 @@ struct NetworkFacts {
 class ForwardWarp {
 public:
     // `served`: the newest word that a warp has acted upon, of each context of this block, in shared memory; zero at the start.
-    // `stages`: this warp's memory for them.
-    __device__ ForwardWarp(const CombineArgs& args, const WaitContext& context, const nvlink::Handshake& handshake, PartialAddends& addends, uint8_t* stages,
+    // `stage`: this warp's memory for its direct answers.
+    __device__ ForwardWarp(const CombineArgs& args, const WaitContext& context, const nvlink::Handshake& handshake, PartialAddends& addends, uint8_t* stage,
                            const NetworkFacts& network, uint64_t* served, const BlockSlots& slots)
         : args_(args), context_(context), handshake_(handshake), addends_(addends), served_(reinterpret_cast<unsigned long long*>(served)), slots_(slots),
           lane_(threadIdx.x % 32), num_others_(args.domain.group.num_nodes() - 1), num_contexts_(slots.count * num_others_),
-          network_(network), stages_(args, context, handshake, addends, stages) {}
+          network_(network), answer_(args, context, handshake, addends, stage) {}
 
     __device__ void run() {
         uint64_t idle_since_ns = 0;
@@ -126,9 +126,9 @@ private:
         const uint8_t* from;
         int64_t num_bytes;
         if (network_.nodes_stored_to >> node & 1) {
-            stages_.begin(request.begin, request.count);
+            answer_.begin(request.begin, request.count);
             while (true) {
-                const ForwardStages::Part part = stages_.next();
+                const DirectAnswer::Part part = answer_.next();
                 if (part.is_last) {
                     to += part.offset;
                     from = part.from;
@@ -168,7 +168,7 @@ private:
     const int num_others_;
     const int num_contexts_;
     const NetworkFacts& network_;
-    ForwardStages stages_;
+    DirectAnswer answer_;
 };
 
 }  // namespace

@@ -178,11 +178,10 @@ struct CombineArgs {
     // how; what follows `geometry` is combine.cu's own
     CombineMessage message;
     ChunkGeometry geometry;
-    RowParts parts;          // of a row in a stage
-    int num_stages;          // of each forward warp, in shared memory; 0: all answers come out of the send ring. More than one: filled by bulk loads
+    bool sends_directly;     // answers to sources that are reached by stores, out of shared memory
+    RowParts parts;          // of a row in a forward warp's stage
     int num_stage_bytes;
-    int num_warp_bytes;      // of a forward warp's stages and what belongs to them
-    bool loads_weights;      // a row's weights can be loaded in bulk
+    int num_warp_bytes;      // of a forward warp's stage and what belongs to it
     int num_forward_warps;
     int num_source_warps;
     int num_block_contexts;  // of all nodes in one block, at most
@@ -194,7 +193,6 @@ constexpr int kMaxDeliverWarps = 14;
 constexpr int kMaxDeliverStages = 8;    // of each
 constexpr int kNumCreditWarps = 1;
 constexpr int kMaxDispatchWarps = 16;  // of all roles together
-constexpr int kMaxForwardStages = 16;   // of each forward warp of combine
 constexpr int kMaxPlainSharedBytes = 92 * 1024;  // without bulk copies; every GPU from SM80 has as much
 
 // What the caller asks of a kernel's shape; 0 means: choose.
@@ -210,13 +208,12 @@ struct Tuning {
 
 struct CombineTuning {
     int num_sms;
-    int num_warps;                  // forward warps; 0: choose
-    std::optional<int> num_stages;  // of each: 0 (answers come out of the send ring), 1, or as many as a node has ranks and more, filled by bulk loads
+    int num_warps;  // forward warps; 0: choose
+    bool may_send_directly = true;
 };
 
 // What combine may count on.
 struct CombineDevice {
-    bool has_bulk;
     bool has_stores;       // some rank of another node is reached by stores
     int num_shared_bytes;  // that a block may have in all
 };

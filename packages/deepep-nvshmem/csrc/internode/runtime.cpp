@@ -78,7 +78,7 @@ Runtime::Runtime(const RuntimeConfig& config) : config_(config) {
     check_runtime(cudaDeviceGetAttribute(&num_device_sms_, cudaDevAttrMultiProcessorCount, config.device), "asking for the SM count");
     check_runtime(cudaDeviceGetAttribute(&num_shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, config.device), "asking for the shared memory size");
     has_bulk_ = major >= 9 && num_shared_bytes >= nvlink::kMaxSharedBytes && nvlink::is_sm90_compiled();
-    combine_device_ = {has_bulk_, has_stores_to_others(group, config.network_ptr), static_cast<int>(min_of(num_shared_bytes, nvlink::kMaxSharedBytes))};
+    combine_device_ = {has_stores_to_others(group, config.network_ptr), static_cast<int>(min_of(num_shared_bytes, nvlink::kMaxSharedBytes))};
 
     nvlink::Domain& local = domain_.local;
     local.rank = group.local_rank();

@@ -185,5 +185,5 @@ class Runtime:
         stream: int,
         num_warps: int = 0,
         # 0: answers come out of the send ring; where peers are reached by stores: 1, or P and more (bulk loads)
-        num_stages: int | None = None,
+        may_send_directly: bool = True,
     ) -> None: ...

@@ -55,7 +55,7 @@ class Case:
     use_bulk: bool = True
     tuning: tuple[tuple[str, int], ...] = (("num_send_warps", 4),)  # of dispatch; fewer warps run faster here
     num_forward_warps: int = 0  # of combine
-    num_forward_stages: int | None = None  # of combine
+    answers_directly: bool = True  # combine, where others are reached by stores
     has_stores: bool = False  # ranks of other nodes are reached by stores, as over NVLink
     seed: int = 0
 
@@ -89,7 +89,7 @@ class Case:
         parts += ["stores"] if self.has_stores else []
         parts += [f"{self.num_sms}sms"] + ([] if self.use_bulk else ["plain"])
         parts += [f"{name}{value}" for name, value in self.tuning if self.tuning != Case.tuning]
-        parts += [] if self.num_forward_stages is None else [f"stages{self.num_forward_stages}"]
+        parts += [] if self.answers_directly else ["ring"]
         return "_".join(parts) + (f"_seed{self.seed}" if self.seed else "")
 
     def next(self) -> Case:
@@ -461,6 +461,6 @@ def combine(world: World, case: Case, ranks: Sequence[Rank], combined: Sequence[
             out_topk_weights=c.out_weights.data_ptr(),
             num_sms=case.num_sms,
             num_warps=case.num_forward_warps,
-            num_stages=case.num_forward_stages,
+            may_send_directly=case.answers_directly,
             stream=world.stream(rank),
         )

@@ -1,4 +1,4 @@
-"""Combine between ranks that reach each other by stores: answers are put together in shared memory, in stages."""
+"""Combine between ranks that reach each other by stores: answers are put together in shared memory."""
 
 from __future__ import annotations
 
@@ -44,24 +44,17 @@ def _closed_worlds() -> Iterator[None]:
         WORLDS.pop().close()
 
 
-def stages(case: Case, more: int) -> Case:
-    """0 and 1 as they are; otherwise so many more than a part may have addends."""
-    num_stages = more if more < 2 else min(16, case.ranks_per_node + more - 1)
-    return replace(case, has_stores=True, num_forward_stages=num_stages)
-
-
-@pytest.mark.parametrize("more", [0, 1, 2, 4])
+@pytest.mark.parametrize("is_direct", [True, False], ids=["direct", "ring"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_any_number_of_stages_gives_the_same_bits(case: Case, more: int) -> None:
-    round_trips(stages(case, more), order=more)
+def test_answers_have_the_same_bits_either_way(case: Case, is_direct: bool) -> None:
+    round_trips(replace(case, has_stores=True, answers_directly=is_direct))
 
 
 @pytest.mark.parametrize("order", range(3))
-@pytest.mark.parametrize("more", [1, 2])
 @pytest.mark.parametrize("ranks_per_node", [1, 2])
-def test_stages_are_used_again_by_one_combine_after_the_other(ranks_per_node: int, more: int, order: int) -> None:
+def test_stages_are_used_again_by_one_combine_after_the_other(ranks_per_node: int, order: int) -> None:
     case = Case(num_tokens=(40, 0, 41, 5), ranks_per_node=ranks_per_node, num_sms=1, num_ring_messages=20)
-    case = stages(replace(case, hidden_bytes=2048, num_forward_warps=2), more)
+    case = replace(case, hidden_bytes=2048, num_forward_warps=2, has_stores=True)
     world = world_of(case, order=order)
     ranks, _, rows = dispatched(world, case)
     steps = [back(world, case, ranks, list(rows), seed=seed) for seed in range(3)]
@@ -70,10 +63,11 @@ def test_stages_are_used_again_by_one_combine_after_the_other(ranks_per_node: in
         step.check()
 
 
-@pytest.mark.parametrize("more", [0, 1, 2])
-def test_zeros_come_back_without_a_sign(more: int) -> None:
+@pytest.mark.parametrize("is_direct", [True, False], ids=["direct", "ring"])
+def test_zeros_come_back_without_a_sign(is_direct: bool) -> None:
     """The source's sum begins with +0, whatever the partial sum of a single row is."""
-    case = stages(Case(num_tokens=(5, 6), ranks_per_node=1, num_topk=1, routing="other_nodes"), more)
+    case = Case(num_tokens=(5, 6), ranks_per_node=1, num_topk=1, routing="other_nodes")
+    case = replace(case, has_stores=True, answers_directly=is_direct)
     world = world_of(case)
     ranks, _, rows = dispatched(world, case)
     combined = make_combined(world, case, list(rows))
@@ -83,13 +77,3 @@ def test_zeros_come_back_without_a_sign(more: int) -> None:
     world.check()
     check_combine(case, ranks, combined)
     assert all((c.out.view(torch.int16) == 0).all() for c in combined)
-
-
-@pytest.mark.parametrize("num_stages", [-1, 2, 17])
-def test_numbers_of_stages_that_cannot_be_are_refused(num_stages: int) -> None:
-    case = Case(num_tokens=(3, 2, 1) * 2, ranks_per_node=3, num_experts=12, has_stores=True)
-    world = world_of(case)
-    ranks, _, rows = dispatched(world, case)
-    world.check()
-    with pytest.raises(Exception, match="accepted are 0, 1 and 3 to 16"):
-        back(world, replace(case, num_forward_stages=num_stages), ranks, list(rows))
