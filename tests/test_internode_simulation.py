@@ -295,7 +295,9 @@ def test_blocks_have_the_warps_of_the_kernels() -> None:
     assert (kernel.deliver_warps, kernel.send_warps) == (constant("kUsualDeliverWarps"), constant("kUsualSendWarps"))
     num_stages = constant("kEnoughBytes") * 1024 // (kernel.deliver_warps * cached_row)
     assert kernel.stage_bytes == num_stages * 7168
-    alone, together = map(int, re.findall(r"ranks_per_node == 1 \? (\d+) : (\d+);", text)[0])
+    found = re.search(r"ranks_per_node == 1 && !args\.sends_directly \? (\d+) : (\d+);", text)
+    assert found is not None
+    alone, together = map(int, found.groups())
     num_warps = constant("kNumCombineWarps") - constant("kNumRequestWarps")
     assert kernel.combine_warps(1) == (alone, num_warps - alone)
     assert kernel.combine_warps(8) == (together, num_warps - together)

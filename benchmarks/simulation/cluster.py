@@ -20,6 +20,9 @@ from .engine import Clock, Server
 class Kernel:
     """How the kernels across nodes use a GPU; what is not given is as in the kernels themselves.
 
+    Every block sends and delivers, and puts read the send ring, as towards a NIC: neither dispatch's teams nor puts out
+    of shared memory are simulated. The records that the simulation is compared with are of such kernels.
+
     Attributes:
         num_sms: blocks, one per SM.
         deliver_warps: of a block of dispatch: store rows of other nodes, and while there are none the own rows.

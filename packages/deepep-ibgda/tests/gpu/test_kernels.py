@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,6 +38,14 @@ AVAILABLE = 8 if EMULATED else 4 if SHARED_GPUS else NUM_GPUS
 MOST_SMS = 5 if EMULATED else min(128, 32 * NUM_GPUS) if SHARED_GPUS else 128
 ARENA_BYTES = (64 if EMULATED else 512) << 20
 WORLDS: dict[tuple[int, str, bool, int], World] = {}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _worlds_end_with_the_module() -> Iterator[None]:
+    yield
+    for world in WORLDS.values():
+        world.close()
+    WORLDS.clear()
 
 
 def world_of(num_ranks: int, ll_reduce: str = "rank", *, enable_shrink: bool = False, ranks_per_node: int = 0) -> World:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
@@ -36,6 +37,12 @@ if obstacle := emulator.obstacle_to("_nvlink", "deepep_nvshmem"):
     pytest.skip(obstacle, allow_module_level=True)
 _worlds: dict[tuple[int, int, bool], World] = {}
 SHARED_GPUS = os.environ.get("DEEPEP_TEST_SHARED_GPUS") == "1"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _worlds_end_with_the_module() -> Iterator[None]:
+    yield
+    _worlds.clear()
 
 
 def world_of(num_ranks: int, staging_bytes: int = 64 << 20, symmetric: bool = False) -> World:
