@@ -295,7 +295,7 @@ def test_blocks_have_the_warps_of_the_kernels() -> None:
     assert (kernel.deliver_warps, kernel.send_warps) == (constant("kUsualDeliverWarps"), constant("kUsualSendWarps"))
     num_stages = constant("kEnoughBytes") * 1024 // (kernel.deliver_warps * cached_row)
     assert kernel.stage_bytes == num_stages * 7168
-    found = re.search(r"ranks_per_node == 1 && !args\.sends_directly \? (\d+) : (\d+);", text)
+    found = re.search(r"ranks_per_node == 1 && !sends_directly \? (\d+) : (\d+);", text)
     assert found is not None
     alone, together = map(int, found.groups())
     num_warps = constant("kNumCombineWarps") - constant("kNumRequestWarps")

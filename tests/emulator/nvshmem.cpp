@@ -1,5 +1,6 @@
 // NVSHMEM with all PEs in one process. A put reads its source and lands in pieces, at any time and in any order; its signal follows its bytes, and
-// nothing orders puts or signals among each other. Heaps may also be reached by stores, as over NVLink: bytes then land at once, and signals late. What is under way when a run ends lands in a later one, or in nvshmem_quiet.
+// nothing orders puts or signals among each other. Heaps may also be reached by stores, as over NVLink: bytes then land at once, and signals late. What is
+// under way when a run ends lands in a later one, or in nvshmem_quiet.
 #include <sys/mman.h>
 
 #include <cstring>

@@ -30,8 +30,6 @@ inline void store_as_warp(void* at, const void* from, size_t num_bytes) {
 
 }  // namespace emulator
 
-inline void* nvshmem_ptr(const void* address, int pe) { return emulator::stored_at(address, 1, pe); }
-
 // By a whole warp, whose lanes have to agree in everything. Joins what they stored to `from`; nothing joins them afterwards.
 inline void nvshmemx_putmem_signal_nbi_warp(void* to, const void* from, size_t num_bytes, uint64_t* word, uint64_t value, int /*operation*/, int pe) {
     emulator::agree(to, from, num_bytes, word, value, pe);

@@ -25,7 +25,7 @@ struct Shared {
     uint32_t is_last;
     int32_t num_taken;
     int32_t num_sources_ended;
-    NetworkFacts network;
+    ForwardFacts facts;
     PartialAddends partials[kNumCombineWarps];  // of each warp
 };
 
@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kNumCombineWarps * 32, 1) forward_and_sum_kern
         shared.num_taken = shared.num_sources_ended = 0;
         DEEPEP_TRACE(begin_trace());
     }
-    if (threadIdx.x < 32) shared.network.find(args);
+    shared.facts.find(args);
     // A block has fewer slots than contexts, or as many.
     for (int i = threadIdx.x; i < args.num_block_contexts; i += blockDim.x) {
         served[i] = 0;
@@ -90,7 +90,7 @@ __global__ void __launch_bounds__(kNumCombineWarps * 32, 1) forward_and_sum_kern
         const BlockSlots slots(static_cast<int>(shared.block), args.geometry.num_slots);
         const int warp = threadIdx.x / 32;
         if (warp < args.num_forward_warps) {
-            ForwardWarp(args, context, shared.handshake, shared.partials[warp], dynamic + warp * args.num_warp_bytes, shared.network,
+            ForwardWarp(args, context, shared.handshake, shared.partials[warp], dynamic + warp * args.num_warp_bytes, shared.facts,
                         served, slots)
                 .run();
             DEEPEP_TRACE(if (threadIdx.x % 32 == 0) stamp_last(kForwardingOver));
@@ -117,7 +117,7 @@ void shape_stages(CombineArgs& args, int num_shared_bytes) {
     const int num_head_bytes = args.geometry.num_slot_rows * 4 * kMaxNodeRanks;
     const int64_t max_part_bytes = (num_shared_bytes / args.num_forward_warps - num_head_bytes) / 128 * 128 - 128 - num_tail_bytes;
     if (max_part_bytes < min_of(kLeastPartBytes, args.message.num_row_bytes)) {
-        args.sends_directly = false;
+        args.domain.nodes_stored_to = 0;
         return;
     }
     args.parts = RowParts::cut(args.message.num_row_bytes, max_part_bytes);
@@ -126,16 +126,17 @@ void shape_stages(CombineArgs& args, int num_shared_bytes) {
     args.num_dynamic_bytes += args.num_forward_warps * args.num_warp_bytes;
 }
 
-void shape_combine(CombineArgs& args, const CombineTuning& tuning, const CombineDevice& device) {
+void shape_combine(CombineArgs& args, const CombineTuning& tuning, int num_shared_bytes) {
     const int num_sms = tuning.num_sms, num_warps = tuning.num_warps;
     const int num_nodes = args.domain.group.num_nodes();
     if (num_nodes < 2 || num_nodes > kMaxCombineNodes)
         throw ArgumentError("combine: the group has " + std::to_string(num_nodes) + " nodes; accepted are 2 to " + std::to_string(kMaxCombineNodes) + ".");
     constexpr int kNumSummingWarps = kNumCombineWarps - kNumRequestWarps;
-    args.sends_directly = device.has_stores && tuning.may_send_directly;
+    if (!tuning.may_send_directly) args.domain.nodes_stored_to = 0;
+    const bool sends_directly = args.domain.nodes_stored_to != 0;
     args.num_stage_bytes = args.num_warp_bytes = 0;
     // Where a node has one rank nothing is pulled, and puts out of the ring decide.
-    const int usual = args.domain.group.ranks_per_node == 1 && !args.sends_directly ? 14 : 10;
+    const int usual = args.domain.group.ranks_per_node == 1 && !sends_directly ? 14 : 10;
     args.num_forward_warps = num_warps > 0 ? num_warps : usual;
     if (args.num_forward_warps >= kNumSummingWarps)
         throw ArgumentError("combine: num_warps is " + std::to_string(num_warps) + "; accepted are 1 to " + std::to_string(kNumSummingWarps - 1) +
@@ -147,7 +148,7 @@ void shape_combine(CombineArgs& args, const CombineTuning& tuning, const Combine
         throw ArgumentError("combine: " + std::to_string(num_nodes) + " nodes on " + std::to_string(num_sms) + " SMs need " +
                             std::to_string(args.num_dynamic_bytes) + " bytes of shared memory; there are " + std::to_string(kMaxPlainSharedBytes) + ". Use more SMs.");
     // Besides: what the kernel declares, and up to 128 bytes to align what follows it.
-    if (args.sends_directly) shape_stages(args, device.num_shared_bytes - static_cast<int>(sizeof(Shared)) - 128 - args.num_dynamic_bytes);
+    if (sends_directly) shape_stages(args, num_shared_bytes - static_cast<int>(sizeof(Shared)) - 128 - args.num_dynamic_bytes);
 }
 
 cudaError_t launch_combine(const CombineArgs& args, int num_sms, cudaStream_t stream) {

@@ -11,26 +11,15 @@
 namespace deepep::internode {
 namespace {
 
-// What the forward warps of a block look up again and again, in shared memory: a load from device memory takes long.
-struct NetworkFacts {
-    uint64_t nodes_stored_to;               // the other nodes whose peer is reached by stores, a bit for each; none where answers go through the ring
+// What the forward warps of a block look up again and again, in shared memory: a load from device memory takes long, and registers are few.
+struct ForwardFacts {
+    uint64_t nodes_stored_to;               // Domain's
     int32_t rank_prefix[kMaxCombineNodes];  // recv_rdma_rank_prefix
 
-    // By one warp; a barrier of the block follows.
+    // By the whole block; a barrier follows.
     __device__ void find(const CombineArgs& args) {
-        const Group& group = args.domain.group;
-        const int num_nodes = group.num_nodes();
-        uint64_t nodes = 0;
-        for (int first = 0; first < num_nodes; first += 32) {
-            const int node = first + static_cast<int>(threadIdx.x % 32);
-            bool is_stored_to = false;
-            if (node < num_nodes) {
-                rank_prefix[node] = args.recv_rdma_rank_prefix[node];
-                is_stored_to = args.sends_directly && node != group.node() && network::has_stores_to(args.domain.network, group.peer_of(node));
-            }
-            nodes |= static_cast<uint64_t>(__ballot_sync(~0u, is_stored_to)) << first;
-        }
-        if (threadIdx.x % 32 == 0) nodes_stored_to = nodes;
+        if (threadIdx.x == 0) nodes_stored_to = args.domain.nodes_stored_to;
+        for (int node = threadIdx.x; node < args.domain.group.num_nodes(); node += blockDim.x) rank_prefix[node] = args.recv_rdma_rank_prefix[node];
     }
 };
 
@@ -39,10 +28,10 @@ public:
     // `served`: the newest word that a warp has acted upon, of each context of this block, in shared memory; zero at the start.
     // `stage`: this warp's memory for its direct answers.
     __device__ ForwardWarp(const CombineArgs& args, const WaitContext& context, const nvlink::Handshake& handshake, PartialAddends& addends, uint8_t* stage,
-                           const NetworkFacts& network, uint64_t* served, const BlockSlots& slots)
+                           const ForwardFacts& facts, uint64_t* served, const BlockSlots& slots)
         : args_(args), context_(context), handshake_(handshake), addends_(addends), served_(reinterpret_cast<unsigned long long*>(served)), slots_(slots),
           lane_(threadIdx.x % 32), num_others_(args.domain.group.num_nodes() - 1), num_contexts_(slots.count * num_others_),
-          network_(network), answer_(args, context, handshake, addends, stage) {}
+          facts_(facts), answer_(args, context, handshake, addends, stage) {}
 
     __device__ void run() {
         uint64_t idle_since_ns = 0;
@@ -109,8 +98,8 @@ private:
     __device__ bool serve(int index, const Request& request) {
         const Domain& domain = args_.domain;
         const int own_node = domain.group.node(), node = node_of(index), slot = slot_of(index), peer = domain.group.peer_of(node);
-        const int64_t begin_of_node = node == 0 ? 0 : network_.rank_prefix[node - 1];
-        const int64_t end_of_node = min_of(network_.rank_prefix[node], args_.num_forward_rows);
+        const int64_t begin_of_node = node == 0 ? 0 : facts_.rank_prefix[node - 1];
+        const int64_t end_of_node = min_of(facts_.rank_prefix[node], args_.num_forward_rows);
         if (request.count < 1 || request.count > args_.geometry.num_slot_rows || request.begin < begin_of_node || begin_of_node < 0 ||
             request.begin + request.count > end_of_node) {
             if (lane_ == 0) {
@@ -125,7 +114,7 @@ private:
         uint8_t* to = domain.window.receive_ring(domain.network, node, own_node) + args_.geometry.slot_offset(slot);
         const uint8_t* from;
         int64_t num_bytes;
-        if (network_.nodes_stored_to >> node & 1) {
+        if (facts_.nodes_stored_to >> node & 1) {
             answer_.begin(request.begin, request.count);
             while (true) {
                 const DirectAnswer::Part part = answer_.next();
@@ -167,7 +156,7 @@ private:
     const int lane_;
     const int num_others_;
     const int num_contexts_;
-    const NetworkFacts& network_;
+    const ForwardFacts& facts_;
     DirectAnswer answer_;
 };
 

@@ -13,7 +13,7 @@
 //
 // No deadlock: delivering depends on data and on READY, which every rank posts before it waits for anything; sending depends on delivering
 // alone, and neither kind of warp waits for one stream while another can go on.
-#include "internode/dispatch_rows.cuh"
+#include "internode/dispatch_deliver.cuh"
 #include "internode/dispatch_direct.cuh"
 #include "internode/dispatch_send.cuh"
 #include "internode/stages.cuh"
@@ -68,178 +68,6 @@ struct DynamicShared {
     }
 #endif
 };
-
-#if DEEPEP_HAS_BULK
-class DeliverWarp {
-public:
-    __device__ DeliverWarp(const DispatchArgs& args, const WaitContext& context, const nvlink::Handshake& handshake, const Delivery& delivery, RowQueue& queue, StageRing& ring)
-        : args_(args), context_(context), handshake_(handshake), delivery_(delivery), queue_(queue), ring_(ring), lane_(threadIdx.x % 32) {}
-
-    // Needs nothing from the ranks of this node, so it may run while their READY is on its way.
-    __device__ void fill() {
-        Item item;
-        while (ring_.num_in_flight < args_.num_stages - 1) {
-            const bool has_item = queue_.next(item);
-            DEEPEP_TRACE(if (lane_ == 0) spans_.spend(kFinding));
-            if (!has_item) return;
-            load(item);
-            DEEPEP_TRACE(if (lane_ == 0) spans_.spend(kLoading));
-        }
-    }
-
-    __device__ void run() {
-        if (lane_ == 0) ptx::fence_async_global();  // READY, acquired by this block, permits the bulk stores below
-        if (handshake_.is_failed) queue_.abandon();
-        uint64_t start_ns = 0;
-        int num_idle = 0;
-        while (true) {
-            fill();
-            if (ring_.num_in_flight > 0) {
-                deliver();
-                start_ns = 0;
-                num_idle = 0;
-            } else if (queue_.is_over()) {
-                break;
-            } else if (++num_idle == kIdlePasses) {
-                num_idle = 0;
-                if (queue_.has_ended_badly(start_ns)) queue_.abandon();
-            }
-            DEEPEP_TRACE(if (lane_ == 0) spans_.spend(kIdling));
-        }
-        if (lane_ == 0) ptx::bulk_wait<0>();  // all rows have landed, visibly to this thread: the block's release may vouch for them
-        __syncwarp();
-    }
-
-private:
-    __device__ void load(const Item& item) {
-        const DispatchMessage& message = args_.message;
-        uint8_t* stage = ring_.stage_to_load();
-        uint8_t* side = stage + args_.side_begin();
-        uint64_t* barrier = ring_.barrier_to_load();
-        // The stage was emptied one delivery before the newest at least.
-        if (lane_ == 0) ptx::bulk_wait_read<1>();
-        __syncwarp();
-        const bool is_own = item.side == nullptr;
-        if (is_own) {
-            build_own_side(args_, item, side, message.num_scales > 0 && !args_.loads_scales);
-            if (args_.stores_scales && !args_.loads_scales) ptx::fence_async_shared();  // these ordinary writes are read by a bulk store
-        }
-        if (message.is_cached && !args_.loads_heads) build_cached_heads(args_, item, side);
-        __syncwarp();
-        if (lane_ == 0) {
-            constexpr int kHeadBytes = 4 * kMaxNodeRanks;
-            const int num_bytes = args_.parts.num_bytes(item.part);
-            const int num_side_bytes = is_own ? (args_.loads_scales ? message.num_scales * 4 : 0) : message.num_sent_side_bytes();
-            ring_.item_to_load() = {item.forward_row, item.src_rank, item.part, item.credited, item.chunk};
-            ptx::mbarrier_arrive_expect(barrier, num_bytes + num_side_bytes + (args_.loads_heads ? kHeadBytes : 0));
-            ptx::bulk_load(stage, item.row, num_bytes, barrier);
-            if (args_.loads_heads)
-                ptx::bulk_load(side + message.heads_offset(), args_.send_nvl_head + static_cast<int64_t>(item.forward_row) * kMaxNodeRanks, kHeadBytes, barrier);
-            if (num_side_bytes > 0)
-                ptx::bulk_load(side, is_own ? reinterpret_cast<const uint8_t*>(args_.scales + static_cast<int64_t>(item.token) * args_.scales_stride_token) : item.side,
-                               num_side_bytes, barrier);
-        }
-        ring_.loaded();
-    }
-
-    __device__ void deliver() {
-        const DispatchMessage& message = args_.message;
-        const uint8_t* stage = ring_.wait_for_stage();
-        const uint8_t* side = stage + args_.side_begin();
-        DEEPEP_TRACE(if (lane_ == 0) spans_.spend(kAwaiting));
-        const StagedItem item = ring_.item_to_take();
-        const int32_t head = checked_head(args_, context_, handshake_, side);
-        const uint32_t mask = __ballot_sync(~0u, head >= 0);
-        if (lane_ == 0) {
-            const int num_ranks = args_.domain.local.num_ranks, num_bytes = args_.parts.num_bytes(item.part);
-            // The next local rank first, itself last, so that not all ranks store to the same one.
-            int local_rank = args_.domain.local.rank;
-            for (int i = 0; i < num_ranks; ++i) {
-                local_rank = local_rank + 1 == num_ranks ? 0 : local_rank + 1;
-                if (!(mask >> local_rank & 1)) continue;
-                const nvlink::Grant& grant = handshake_.grants[local_rank];
-                const int64_t row = reinterpret_cast<const int32_t*>(side + message.heads_offset())[local_rank];
-                ptx::bulk_store(grant.rows + row * args_.parts.num_row_bytes + args_.parts.begin(item.part), stage, num_bytes);
-                if (args_.stores_scales && item.part == 0) ptx::bulk_store(grant.scales + row * message.num_scales * 4, side, message.num_scales * 4);
-            }
-            ptx::bulk_commit();
-        }
-        __syncwarp();
-        if (item.part == 0) deliver_side(args_, handshake_, item.src_rank, item.forward_row, side, head, message.num_scales > 0 && !args_.stores_scales);
-        if (item.credited >= 0 && lane_ == 0) ask_for_credit(delivery_, item.credited, item.chunk);
-        DEEPEP_TRACE(if (lane_ == 0) stamp_first(kRowDelivered), stamp_last(kRowDelivered), count_moved(kMovedByReceivers));
-        ptx::fence_async_shared();  // these ordinary reads come before the next bulk load into the stage
-        __syncwarp();
-        ring_.taken();
-        DEEPEP_TRACE(if (lane_ == 0) spans_.spend(kPassing));
-    }
-
-    const DispatchArgs& args_;
-    const WaitContext& context_;
-    const nvlink::Handshake& handshake_;
-    const Delivery& delivery_;
-    RowQueue& queue_;
-    StageRing& ring_;
-    const int lane_;
-    DEEPEP_TRACE(SpanClock spans_;)
-};
-#endif
-
-// The same without bulk copies: a warp per row, several 16-byte loads in flight, the side part in shared memory.
-__device__ void deliver_row_plain(const DispatchArgs& args, const WaitContext& context, const nvlink::Handshake& handshake, const Delivery& delivery, const Item& item,
-                                  uint8_t* side) {
-    constexpr int kUnroll = 4;
-    const DispatchMessage& message = args.message;
-    const int lane = threadIdx.x % 32;
-    const bool has_scales = message.num_scales > 0;
-    if (item.side == nullptr)
-        build_own_side(args, item, side, has_scales);
-    else
-        for (int byte = lane * 16; byte < message.num_sent_side_bytes(); byte += 32 * 16)
-            *reinterpret_cast<int4*>(side + byte) = *reinterpret_cast<const int4*>(item.side + byte);
-    if (message.is_cached) build_cached_heads(args, item, side);
-    __syncwarp();
-    const int32_t head = checked_head(args, context, handshake, side);
-    const uint32_t mask = __ballot_sync(~0u, head >= 0);
-    const int4* source = reinterpret_cast<const int4*>(item.row);
-    const int num_vectors = static_cast<int>(args.parts.num_row_bytes / 16);
-    for (int base = lane; base - lane < num_vectors; base += 32 * kUnroll) {
-        int4 vectors[kUnroll];
-#pragma unroll
-        for (int u = 0; u < kUnroll; ++u)
-            if (base + u * 32 < num_vectors) vectors[u] = source[base + u * 32];
-        for (uint32_t left = mask; left != 0; left &= left - 1) {
-            const int local_rank = __ffs(static_cast<int>(left)) - 1;
-            int4* target = reinterpret_cast<int4*>(handshake.grants[local_rank].rows + __shfl_sync(~0u, head, local_rank) * args.parts.num_row_bytes);
-#pragma unroll
-            for (int u = 0; u < kUnroll; ++u)
-                if (base + u * 32 < num_vectors) target[base + u * 32] = vectors[u];
-        }
-    }
-    deliver_side(args, handshake, item.src_rank, item.forward_row, side, head, has_scales);
-    __syncwarp();  // all lanes have read the message and the side part
-    if (item.credited >= 0 && lane == 0) ask_for_credit(delivery, item.credited, item.chunk);
-}
-
-__device__ void deliver_rows_plain(const DispatchArgs& args, const WaitContext& context, const nvlink::Handshake& handshake, const Delivery& delivery, RowQueue& queue,
-                                   uint8_t* side) {
-    uint64_t start_ns = 0;
-    int num_idle = 0;
-    if (handshake.is_failed) return;
-    while (true) {
-        Item item;
-        if (queue.next(item)) {
-            deliver_row_plain(args, context, handshake, delivery, item, side);
-            start_ns = 0;
-            num_idle = 0;
-        } else if (queue.is_over()) {
-            return;
-        } else if (++num_idle == kIdlePasses) {
-            num_idle = 0;
-            if (queue.has_ended_badly(start_ns)) return;
-        }
-    }
-}
 
 #if DEEPEP_HAS_BULK
 // What is left of the own rows, by a warp of a sender: everything for other nodes is out and has arrived. `stage`, `parity`: where its ring has come to.
@@ -365,15 +193,15 @@ __global__ void __launch_bounds__(kMaxThreads, 1) dispatch_rows_kernel(const __g
     if (sends && !shared.handshake.is_failed) {
         const uint64_t* relief = nullptr;
 #if DEEPEP_HAS_BULK
-        if (args.may_send_directly && role == BlockRole::kSender && has_stores_to_all(args)) relief = contexts.deliverer_begun();
+        if (args.sends_directly && role == BlockRole::kSender) relief = contexts.deliverer_begun();
 #endif
         const bool is_direct = relief != nullptr && is_deliverer;
-        const SendClaims claims(args, context, contexts, dynamic.sent, dynamic.next_sent, is_direct ? dynamic.credited : nullptr, warp);
+        const SendClaims claims(context, contexts, dynamic.sent, dynamic.next_sent, is_direct ? dynamic.credited : nullptr);
 #if DEEPEP_HAS_BULK
         if (is_direct)
-            DirectSendWarp(args, context, claims, ring).run();
+            DirectSendWarp(context, contexts, claims, ring).run();
         else if (relief != nullptr && !is_sender)
-            watch_credits(args, context, contexts, dynamic.next_sent, dynamic.credited);
+            watch_credits(context, contexts, dynamic.next_sent, dynamic.credited);
         else
 #endif
             SendWarp(args, context, claims, relief).run();

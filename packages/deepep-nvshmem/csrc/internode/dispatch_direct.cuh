@@ -5,6 +5,7 @@
 // A chunk is complete at the peer when FULL says so, behind the last of its rows, which one warp puts in order (network.cuh: put_part, put_chunk).
 #include "deepep/ptx/bulk.cuh"
 #include "internode/dispatch_send.cuh"
+#include "internode/dispatch_side.cuh"
 #include "internode/stages.cuh"
 #include "internode/trace.cuh"
 
@@ -12,18 +13,10 @@ namespace deepep::internode {
 namespace {
 
 #if DEEPEP_HAS_BULK
-// By the whole warp: whether stores reach the peers on all other nodes.
-__device__ inline bool has_stores_to_all(const DispatchArgs& args) {
-    bool has_stores = true;
-    for (int node = threadIdx.x % 32; node < args.num_nodes; node += 32)
-        has_stores = has_stores && (node == args.node || network::has_stores_to(args.domain.network, args.domain.group.peer_of(node)));
-    return __all_sync(~0u, has_stores);
-}
-
 class DirectSendWarp {
 public:
-    __device__ DirectSendWarp(const DispatchArgs& args, const WaitContext& context, const SendClaims& claims, StageRing& ring)
-        : args_(args), context_(context), claims_(claims), ring_(ring), lane_(threadIdx.x % 32) {}
+    __device__ DirectSendWarp(const WaitContext& context, const BlockContexts& contexts, const SendClaims& claims, StageRing& ring)
+        : args_(contexts.args), context_(context), contexts_(contexts), claims_(claims), ring_(ring), lane_(threadIdx.x % 32) {}
 
     // The stages are empty when it begins, and when it ends.
     __device__ void run() {
@@ -77,8 +70,7 @@ private:
         SidePart(args_, claim_.node, token, !args_.loads_scales).store(side);
         if (lane_ == 0) {
             uint64_t* barrier = ring_.barrier_to_load();
-            const bool is_last = next_row_ + 1 == num_rows_;
-            ring_.item_to_load() = {claim_.node, claim_.slot, next_row_, is_last ? claim_.index : -1, claim_.chunk};
+            ring_.item_to_load().to_put = {claim_.index, claim_.chunk, next_row_, next_row_ + 1 == num_rows_};
             const int num_row_bytes = is_known ? static_cast<int>(message.num_row_bytes) : 0, num_scale_bytes = is_known && args_.loads_scales ? message.num_scales * 4 : 0;
             ptx::mbarrier_arrive_expect(barrier, num_row_bytes + num_scale_bytes);
             if (num_row_bytes > 0) ptx::bulk_load(stage, args_.x + token * message.num_row_bytes, num_row_bytes, barrier);
@@ -92,15 +84,15 @@ private:
     __device__ void put() {
         const uint8_t* stage = ring_.wait_for_stage();
         DEEPEP_TRACE(if (lane_ == 0) spans_.spend(kAwaiting));
-        const StagedItem item = ring_.item_to_take();
-        const int node = item.node(), slot = item.slot(), row = item.row();
+        const ToPut item = ring_.item_to_take().to_put;
+        const int node = contexts_.node_of(item.context), slot = contexts_.slot_of(item.context);
         const int64_t num_bytes = args_.message.num_row_bytes + args_.message.num_sent_side_bytes();
-        uint8_t* to = claims_.target(node, slot) + row * args_.geometry.num_message_bytes;
-        if (item.credited < 0) {
-            network::put_part(to, stage, num_bytes, args_.domain.group.peer_of(node));
-        } else {
+        uint8_t* to = claims_.target(node, slot) + item.row * args_.geometry.num_message_bytes;
+        if (item.is_last) {
             claims_.put_with_word(node, slot, item.chunk, to, stage, num_bytes);
-            claims_.release(item.credited, item.chunk);
+            claims_.release(item.context, item.chunk);
+        } else {
+            network::put_part(to, stage, num_bytes, args_.domain.group.peer_of(node));
         }
         ptx::fence_async_shared();  // these ordinary reads come before the next bulk load into the stage
         __syncwarp();
@@ -109,6 +101,7 @@ private:
 
     const DispatchArgs& args_;
     const WaitContext& context_;
+    const BlockContexts& contexts_;
     SendClaims claims_;
     StageRing& ring_;
     const int lane_;

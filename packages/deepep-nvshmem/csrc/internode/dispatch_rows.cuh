@@ -8,6 +8,7 @@
 //   CREDIT {epoch, chunk + 1}  forwarder -> sender, after the last load of the chunk has landed. One warp of the block gives all credits back: its
 //                              fence waits for what the whole SM has under way, which would hold up a deliver warp.
 #include "deepep/ptx/bulk.cuh"
+#include "internode/dispatch_side.cuh"
 #include "internode/dispatch_streams.cuh"
 #include "internode/network.cuh"
 #include "kernels/handshake.cuh"
@@ -241,27 +242,6 @@ private:
     int forward_row_ = 0;
     const uint8_t* message_ = nullptr;
 };
-
-// The side part of an own row, put together in shared memory as a message would bring it. By the whole warp, without a barrier.
-__device__ inline void build_own_side(const DispatchArgs& args, const Item& item, uint8_t* side, bool has_scales) {
-    const DispatchMessage& message = args.message;
-    const Group& group = args.domain.group;
-    const int lane = threadIdx.x % 32;
-    const int64_t token = item.token;
-    if (!message.is_cached) {
-        if (lane < message.num_topk) {
-            const int64_t expert = args.topk_idx[token * message.num_topk + lane];
-            reinterpret_cast<int32_t*>(side + message.topk_idx_offset())[lane] = expert >= 0 && expert < args.num_experts ? static_cast<int32_t>(expert) : -1;
-            reinterpret_cast<float*>(side + message.weights_offset())[lane] = args.topk_weights[token * message.num_topk + lane];
-        }
-        if (lane < message.num_heads)
-            reinterpret_cast<int32_t*>(side + message.heads_offset())[lane] = args.dst_rows[token * group.num_ranks + group.node() * group.ranks_per_node + lane];
-        if (lane == 0) *reinterpret_cast<int32_t*>(side + message.token_offset()) = item.token;
-    }
-    if (has_scales)
-        for (int col = lane; col < message.num_scales; col += 32)
-            reinterpret_cast<uint32_t*>(side)[col] = args.scales[token * args.scales_stride_token + col * args.scales_stride_col];
-}
 
 // In a cached dispatch heads come from the handle.
 __device__ inline void build_cached_heads(const DispatchArgs& args, const Item& item, uint8_t* side) {

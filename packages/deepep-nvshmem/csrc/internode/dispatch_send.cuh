@@ -5,6 +5,7 @@
 //   CREDIT {epoch, chunk + 1}  forwarder -> sender: both slots of that chunk are free. Acquired before the first store of the next chunk.
 // A warp takes whatever chunk of its block can go and never waits for one slot while another can go on. It ends when all chunks have been credited, so that
 // the next operation finds every slot free, and the network has read every slot.
+#include "internode/dispatch_side.cuh"
 #include "internode/dispatch_streams.cuh"
 #include "internode/network.cuh"
 #include "internode/trace.cuh"
@@ -26,16 +27,8 @@ public:
     enum class Found { kChunk, kMoved, kNothing, kOver };
 
     // `credited`: of each context, chunk + 1 that the block's credit warp has seen credited (watch_credits); null: the words are looked at.
-    __device__ SendClaims(const DispatchArgs& args, const WaitContext& context, const BlockContexts& contexts, const StreamShape* streams, int32_t* next_chunks,
-                          const int32_t* credited, int warp)
-        : args_(args),
-          context_(context),
-          contexts_(contexts),
-          streams_(streams),
-          next_chunks_(next_chunks),
-          credited_(credited),
-          warp_(warp),
-          lane_(threadIdx.x % 32) {}
+    __device__ SendClaims(const WaitContext& context, const BlockContexts& contexts, const StreamShape* streams, int32_t* next_chunks, const int32_t* credited)
+        : args_(contexts.args), context_(context), contexts_(contexts), streams_(streams), next_chunks_(next_chunks), credited_(credited), lane_(threadIdx.x % 32) {}
 
     // Looks once around all contexts, or until it has taken a chunk. `waiting`: one of this lane's contexts that cannot go on.
     __device__ Found look(Claim& claim, Waiting& waiting) {
@@ -60,7 +53,7 @@ public:
             const uint32_t mask = __ballot_sync(~0u, is_ready);
             if (mask == 0) continue;
             has_moved = true;
-            const int source = choose_lane(mask, warp_);
+            const int source = choose_lane(mask, threadIdx.x / 32);
             bool is_mine = false;
             if (lane_ == source && atomicCAS(next_chunks_ + index, chunk, kTaken) == chunk) {
                 acquire_credit(index, chunk);
@@ -126,7 +119,6 @@ private:
     const StreamShape* streams_;
     int32_t* next_chunks_;  // of this block's contexts: what goes into each slot next; kOver when the slot is over
     const int32_t* credited_;
-    const int warp_;
     const int lane_;
     int base_ = 0;  // where the next look begins
 };
@@ -154,7 +146,8 @@ private:
 
 // By a sender's credit warp, until all its contexts are over: looks at the words of credits, so that the warps that send need not. Their own loads from device
 // memory would wait behind the block's stores. `credited`: zero at the start.
-__device__ inline void watch_credits(const DispatchArgs& args, const WaitContext& context, const BlockContexts& contexts, const int32_t* next_chunks, int32_t* credited) {
+__device__ inline void watch_credits(const WaitContext& context, const BlockContexts& contexts, const int32_t* next_chunks, int32_t* credited) {
+    const DispatchArgs& args = contexts.args;
     const int lane = threadIdx.x % 32, count = contexts.count();
     SendPatience patience;
     while (true) {
@@ -184,56 +177,6 @@ __device__ inline void watch_credits(const DispatchArgs& args, const WaitContext
         if (!has_moved && patience.is_exhausted(context, waiting)) return;
     }
 }
-
-// The side part of a row for a node, as it travels; scales only if `has_scales`. By the whole warp, without a barrier. Loads come before stores, so that
-// what the caller does in between hides them.
-class SidePart {
-public:
-    __device__ SidePart(const DispatchArgs& args, int node, int64_t token, bool has_scales) : args_(args), token_(token), lane_(threadIdx.x % 32) {
-        const DispatchMessage& message = args.message;
-        const bool is_known = token >= 0 && token < args.num_tokens;
-        num_scales_ = is_known && has_scales ? message.num_scales : 0;
-        if (is_known && !message.is_cached) {
-            if (lane_ < message.num_topk) {
-                const int64_t chosen = args.topk_idx[token * message.num_topk + lane_];
-                if (chosen >= 0 && chosen < args.num_experts) expert_ = static_cast<int32_t>(chosen);
-                weight_ = args.topk_weights[token * message.num_topk + lane_];
-            }
-            if (lane_ < message.num_heads) head_ = args.dst_rows[token * args.domain.group.num_ranks + node * args.domain.group.ranks_per_node + lane_];
-        }
-#pragma unroll
-        for (int i = 0; i < kEarly; ++i)
-            if (lane_ + i * 32 < num_scales_) early_[i] = scales()[(lane_ + i * 32) * args.scales_stride_col];
-    }
-
-    __device__ void store(uint8_t* side) const {
-        const DispatchMessage& message = args_.message;
-#pragma unroll
-        for (int i = 0; i < kEarly; ++i)
-            if (lane_ + i * 32 < num_scales_) reinterpret_cast<uint32_t*>(side)[lane_ + i * 32] = early_[i];
-        for (int col = lane_ + kEarly * 32; col < num_scales_; col += 32) reinterpret_cast<uint32_t*>(side)[col] = scales()[col * args_.scales_stride_col];
-        if (message.is_cached) return;
-        if (lane_ < message.num_topk) {
-            reinterpret_cast<int32_t*>(side + message.topk_idx_offset())[lane_] = expert_;
-            reinterpret_cast<float*>(side + message.weights_offset())[lane_] = weight_;
-        }
-        if (lane_ < message.num_heads) reinterpret_cast<int32_t*>(side + message.heads_offset())[lane_] = head_;
-        if (lane_ == 0) *reinterpret_cast<int32_t*>(side + message.token_offset()) = static_cast<int32_t>(token_);
-    }
-
-private:
-    static constexpr int kEarly = 2;
-    __device__ const uint32_t* scales() const { return args_.scales + token_ * args_.scales_stride_token; }
-
-    const DispatchArgs& args_;
-    const int64_t token_;
-    const int lane_;
-    int num_scales_ = 0;
-    int32_t expert_ = -1;
-    int32_t head_ = -1;
-    float weight_ = 0.0f;
-    uint32_t early_[kEarly];
-};
 
 class SendWarp {
 public:

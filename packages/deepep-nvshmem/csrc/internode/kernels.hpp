@@ -43,6 +43,7 @@ struct Domain {
     uint8_t* network;      // NVSHMEM memory of this rank, as NetworkWindow lays it out
     NetworkWindow window;
     int64_t num_chunk_bytes;
+    uint64_t nodes_stored_to;  // the other nodes whose peer of this rank is reached by stores (over NVLink), a bit for each; beyond 64 none
     PrivateState* state;
     // Dispatch: what this rank expects next in each slot from each other node, {epoch, chunk + 1}, and which teams' deliverers have begun, {epoch, 1}.
     unsigned long long* next_chunks;  // [kMaxSlots][D - 1]
@@ -52,6 +53,8 @@ struct Domain {
     uint32_t* host_headers;  // [N][kNumHeaderWords]
     int32_t* host_experts;   // [max_local_experts]
     uint32_t* host_masks;    // [2][ceil(N / 32)]
+
+    DEEPEP_HOST_DEVICE bool has_stores_to(int node) const { return node < 64 && (nodes_stored_to >> node & 1) != 0; }
 };
 
 struct LayoutArgs {
@@ -142,7 +145,7 @@ struct DispatchArgs {
     bool loads_heads;    // a cached dispatch's heads can be loaded in bulk
     int num_team_senders;  // blocks that send for each one that delivers; 0: every block does both
     int num_places;        // parts of the slots, each served by one sender
-    bool may_send_directly;  // to peers that are reached by stores, out of shared memory
+    bool sends_directly;   // out of shared memory: in teams, where stores reach all peers
     int node;              // as the group says, without divisions in the kernel
     int num_nodes;
     uint64_t* full_words;    // of this rank's window: FULL and CREDIT from each node [D, kMaxSlots]
@@ -175,11 +178,10 @@ struct CombineArgs {
     int num_topk;             // 0: no weights
     uint8_t* out;             // [T, row bytes]
     float* out_topk_weights;  // [T, K]
-    // how; what follows `geometry` is combine.cu's own
+    // how; what follows `geometry` is combine.cu's own, and that domain.nodes_stored_to becomes 0 where answers go through the ring
     CombineMessage message;
     ChunkGeometry geometry;
-    bool sends_directly;     // answers to sources that are reached by stores, out of shared memory
-    RowParts parts;          // of a row in a forward warp's stage
+    RowParts parts;          // of a row in a forward warp's stage: answers to sources that are reached by stores are put out of shared memory
     int num_stage_bytes;
     int num_warp_bytes;      // of a forward warp's stage and what belongs to it
     int num_forward_warps;
@@ -212,12 +214,6 @@ struct CombineTuning {
     bool may_send_directly = true;
 };
 
-// What combine may count on.
-struct CombineDevice {
-    bool has_stores;       // some rank of another node is reached by stores
-    int num_shared_bytes;  // that a block may have in all
-};
-
 cudaError_t launch_layout(const LayoutArgs& args, cudaStream_t stream);
 cudaError_t launch_counts(const NotifyArgs& args, cudaStream_t stream);
 cudaError_t launch_plan(const PlanArgs& args, cudaStream_t stream);
@@ -226,7 +222,8 @@ cudaError_t launch_combine(const CombineArgs& args, int num_sms, cudaStream_t st
 
 // Fill the fields under "how" (but message and geometry) from the others; ArgumentError for what cannot be.
 void shape_dispatch(DispatchArgs& args, const Tuning& tuning, bool has_bulk);
-void shape_combine(CombineArgs& args, const CombineTuning& tuning, const CombineDevice& device);
+// `num_shared_bytes`: what a block may have in all.
+void shape_combine(CombineArgs& args, const CombineTuning& tuning, int num_shared_bytes);
 
 // Load the kernels of each file on the current device (lazy loading may not meet a spinning kernel) and raise their shared-memory limits.
 cudaError_t prepare_layout();

@@ -16,7 +16,7 @@ extern __device__ PutCounts put_counts;
 
 // By a whole warp: copies bytes to the same address at `pe`, then stores `value` to `word` there. Whoever acquires the word at `pe` finds the
 // bytes. `from` may be written again once the peer has said that it has consumed them: this call may return before they have been read
-// (not where has_stores_to(pe): then its lanes have read them, and a warp barrier has joined them).
+// (not where stores reach the peer: then its lanes have read them, and a warp barrier has joined them).
 // What the lanes stored to `from` is joined by the function's own warp barrier.
 __device__ __forceinline__ void put_chunk(void* to, const void* from, int64_t num_bytes, uint64_t* word, uint64_t value, int pe) {
 #if DEEPEP_COUNT_PUTS
@@ -28,11 +28,9 @@ __device__ __forceinline__ void put_chunk(void* to, const void* from, int64_t nu
     nvshmemx_putmem_signal_nbi_warp(to, from, static_cast<size_t>(num_bytes), word, value, NVSHMEM_SIGNAL_SET, pe);
 }
 
-// Whether `pe` is reached by stores of the calling threads (over NVLink), and not by a NIC: a put may then read whatever memory they can load from, shared
-// memory too. An SM's loads from device memory wait behind its own stores to other GPUs, so puts out of shared memory are up to twice as fast.
-__device__ __forceinline__ bool has_stores_to(const void* symmetric, int pe) { return nvshmem_ptr(symmetric, pe) != nullptr; }
-
-// By a whole warp, where has_stores_to(pe): copies bytes to the same address at `pe`; `from` may be written again when it returns. The signal of a put_chunk
+// By a whole warp, to a peer that is reached by stores (Domain::has_stores_to): they are the calling threads' own, so `from` may be whatever memory those can
+// load from, shared memory too. An SM's loads from device memory wait behind its own stores to other GPUs, so puts out of shared memory are up to twice as
+// fast. Copies bytes to the same address at `pe`; `from` may be written again when it returns. The signal of a put_chunk
 // to the same `pe` that this warp makes later comes behind them: that function fences for the whole system in between, behind a warp barrier.
 __device__ __forceinline__ void put_part(void* to, const void* from, int64_t num_bytes, int pe) {
 #if DEEPEP_COUNT_PUTS

@@ -33,12 +33,12 @@ Function host_library_function(const char* name) {
     return reinterpret_cast<Function>(address);
 }
 
-// Whether this GPU reaches the memory of some rank of another node by stores.
-bool has_stores_to_others(const Group& group, uint64_t network_ptr) {
+uint64_t nodes_stored_to(const Group& group, const void* network) {
     const auto pointer_at = host_library_function<void* (*)(const void*, int)>("nvshmem_ptr");
-    for (int node = 0; node < group.num_nodes(); ++node)
-        if (node != group.node() && pointer_at(reinterpret_cast<const void*>(network_ptr), group.peer_of(node)) != nullptr) return true;
-    return false;
+    uint64_t nodes = 0;
+    for (int node = 0; node < min_of(group.num_nodes(), 64); ++node)
+        if (node != group.node() && pointer_at(network, group.peer_of(node)) != nullptr) nodes |= 1ull << node;
+    return nodes;
 }
 
 }  // namespace
@@ -78,7 +78,7 @@ Runtime::Runtime(const RuntimeConfig& config) : config_(config) {
     check_runtime(cudaDeviceGetAttribute(&num_device_sms_, cudaDevAttrMultiProcessorCount, config.device), "asking for the SM count");
     check_runtime(cudaDeviceGetAttribute(&num_shared_bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, config.device), "asking for the shared memory size");
     has_bulk_ = major >= 9 && num_shared_bytes >= nvlink::kMaxSharedBytes && nvlink::is_sm90_compiled();
-    combine_device_ = {has_stores_to_others(group, config.network_ptr), static_cast<int>(min_of(num_shared_bytes, nvlink::kMaxSharedBytes))};
+    num_shared_bytes_ = static_cast<int>(min_of(num_shared_bytes, nvlink::kMaxSharedBytes));
 
     nvlink::Domain& local = domain_.local;
     local.rank = group.local_rank();
@@ -93,13 +93,14 @@ Runtime::Runtime(const RuntimeConfig& config) : config_(config) {
     domain_.network = reinterpret_cast<uint8_t*>(config.network_ptr);
     domain_.window = NetworkWindow::of(group.num_ranks, group.num_nodes(), config.max_local_experts, config.num_ring_bytes);
     domain_.num_chunk_bytes = config.num_chunk_bytes > 0 ? config.num_chunk_bytes : kUsualChunkBytes;
+    domain_.nodes_stored_to = nodes_stored_to(group, domain_.network);
 
     // Kernels are loaded now: lazy loading later could wait for a kernel that waits for us.
     check_runtime(prepare_layout(), "loading the layout kernel");
     check_runtime(prepare_counts(), "loading the counts kernel");
     check_runtime(prepare_plan(), "loading the plan kernel");
     check_runtime(prepare_dispatch(has_bulk_), "loading the dispatch kernel");
-    check_runtime(prepare_combine(combine_device_.num_shared_bytes), "loading the combine kernel");
+    check_runtime(prepare_combine(num_shared_bytes_), "loading the combine kernel");
     // Again, because NVSHMEM's memory may have grown since.
     const int status = attach_network(config.device);
     if (status != 0) throw NativeError("NVSHMEM did not accept the kernels of this extension (nvshmemx_cumodule_init answered " + text(status) + ").");
@@ -322,7 +323,7 @@ void Runtime::combine(CombineArgs args, int64_t num_row_bytes, const CombineTuni
     args.domain = domain_;
     args.message = {num_row_bytes, args.num_topk};
     args.geometry = geometry_of("combine", args.message.num_bytes());
-    shape_combine(args, tuning, combine_device_);
+    shape_combine(args, tuning, num_shared_bytes_);
     const DeviceGuard guard(config_.device);
     check_runtime(launch_combine(args, tuning.num_sms, stream), "launching combine");
 }

@@ -90,7 +90,7 @@ private:
     int64_t num_private_bytes_ = 0;
     int num_device_sms_ = 0;
     bool has_bulk_ = false;
-    CombineDevice combine_device_{};
+    int num_shared_bytes_ = 0;  // that a block may have
     int num_dispatch_experts_ = 0;
 };
 

@@ -8,17 +8,23 @@
 namespace deepep::internode {
 namespace {
 
-// What a stage holds: a row to be delivered, or one to be put.
-struct StagedItem {
-    int32_t forward_row;  // node
-    int32_t src_rank;     // slot
-    int32_t part;         // row of the chunk
-    int32_t credited;     // the chunk's last item: its context, else -1
+// What else is known of a row that is to be delivered, or of one that is to be put.
+struct ToDeliver {
+    int32_t forward_row;
+    int32_t src_rank;
+    int32_t part;
+    int32_t credited;  // the chunk's last item: its context, else -1
     int32_t chunk;
-
-    __device__ int node() const { return forward_row; }
-    __device__ int slot() const { return src_rank; }
-    __device__ int row() const { return part; }
+};
+struct ToPut {
+    int32_t context;
+    int32_t chunk;
+    int32_t row;  // of the chunk
+    bool is_last;
+};
+union StagedItem {
+    ToDeliver to_deliver;
+    ToPut to_put;
 };
 
 #if DEEPEP_HAS_BULK
