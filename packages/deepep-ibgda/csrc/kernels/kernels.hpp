@@ -17,8 +17,8 @@ constexpr int kNumThreads = kNumSendThreads + kNumReceiveThreads;
 
 // Large batches divide the roles among blocks: the first half only sends to other ranks, the second half receives. An SM's loads queue up behind its own
 // stores while those wait for room on the links, so a block that does both receives at full speed only once everything is sent. Half of 128 SMs fill the
-// links (48 to 72 senders measure alike; 32 send, and 32 receive, too slowly); with few blocks every one is needed for that. With one peer a rank's own rows
-// are half of the work and the links half as busy: of two ranks, undivided blocks dispatch in 12.1 us where divided ones take 14.8.
+// links; with few blocks every one is needed for that. With one peer a rank's own rows are half of the work and the links half as busy: among two H200s, 128
+// tokens of 7168, undivided blocks dispatch in 11.3 us where divided ones take 14.8 (benchmarks/results/2026-11-21-h200-x2).
 // One resident block is enough all the same: senders wait for no rows and end, receivers do their own share and then those that nobody has taken up.
 constexpr int kLeastDividedBlocks = 96, kLeastDividedRanks = 3;
 

@@ -31,6 +31,13 @@ def machine() -> Any:
     return emulator.extension("_nvshmem", "deepep_nvshmem")[1]
 
 
+def obstacle_to_emulation() -> str | None:
+    """Why these tests cannot run: there are GPUs, where the backend's own tests do it, or no emulator can be built."""
+    if not emulator.is_chosen():
+        return "runs on the emulator alone; on GPUs the backend's tests do this (or DEEPEP_EMULATED=1)"
+    return emulator.obstacle()
+
+
 LEAST_RING_BYTES = 4096
 _NODE_WIDTH = 8  # of send_nvl_head
 

@@ -2,24 +2,15 @@
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
-
-if torch.cuda.is_available() and os.environ.get("DEEPEP_EMULATED") != "1":
-    pytest.skip("runs on the emulator alone (or DEEPEP_EMULATED=1)", allow_module_level=True)
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 from internode_oracle import check_combine
-from internode_steps import WORLDS, back, dispatched, round_trips, world_of
-from internode_world import Case, combine, emulator, machine, make_combined
+from internode_steps import back, dispatched, round_trips, world_of
+from internode_world import Case, combine, make_combined, obstacle_to_emulation
 
-if obstacle := emulator.obstacle():
+if obstacle := obstacle_to_emulation():
     pytest.skip(obstacle, allow_module_level=True)
 
 CASES = [
@@ -33,15 +24,6 @@ CASES = [
     Case(num_tokens=(3, 2, 1, 2), hidden_bytes=32784, num_topk=5),
     Case(num_tokens=(6, 7), ranks_per_node=1, hidden_bytes=16, num_topk=1),
 ]
-
-
-@pytest.fixture(autouse=True)
-def _closed_worlds() -> Iterator[None]:
-    torch.set_num_threads(1)
-    machine().set_resident(0)
-    yield
-    while WORLDS:
-        WORLDS.pop().close()
 
 
 @pytest.mark.parametrize("is_direct", [True, False], ids=["direct", "ring"])

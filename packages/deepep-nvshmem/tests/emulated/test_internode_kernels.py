@@ -2,24 +2,12 @@
 
 from __future__ import annotations
 
-import os
 import random
-import sys
-from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-
-if torch.cuda.is_available() and os.environ.get("DEEPEP_EMULATED") != "1":
-    pytest.skip(
-        "runs on the emulator alone; on GPUs the backend's tests do this (or DEEPEP_EMULATED=1)",
-        allow_module_level=True,
-    )
-sys.path.insert(0, str(Path(__file__).resolve().parent))
-
 from internode_oracle import check_combine, check_dispatch, check_routing, row_counts
 from internode_steps import (
     WORLDS,
@@ -37,27 +25,18 @@ from internode_world import (
     World,
     combine,
     dispatch,
-    emulator,
     layout,
     machine,
     make_combined,
     make_ranks,
     make_received,
     notify,
+    obstacle_to_emulation,
     poisoned,
 )
 
-if obstacle := emulator.obstacle():
+if obstacle := obstacle_to_emulation():
     pytest.skip(obstacle, allow_module_level=True)
-
-
-@pytest.fixture(autouse=True)
-def _closed_worlds() -> Iterator[None]:
-    torch.set_num_threads(1)
-    machine().set_resident(0)
-    yield
-    while WORLDS:
-        WORLDS.pop().close()
 
 
 # --- shapes ---------------------------------------------------------------------------------------------------------
