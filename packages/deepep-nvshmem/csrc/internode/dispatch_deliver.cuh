@@ -50,66 +50,83 @@ public:
 
 private:
     __device__ void load(const Item& item) {
-        const DispatchMessage& message = args_.message;
+        constexpr int kHeadBytes = 4 * kMaxNodeRanks;
+        const bool is_own = item.side == nullptr, is_whole = args_.parts.num_parts == 1;
         uint8_t* stage = ring_.stage_to_load();
-        uint8_t* side = stage + args_.side_begin();
-        uint64_t* barrier = ring_.barrier_to_load();
         // The stage was emptied one delivery before the newest at least.
         if (lane_ == 0) ptx::bulk_wait_read<1>();
-        __syncwarp();
-        const bool is_own = item.side == nullptr;
-        if (is_own) {
-            SidePart(args_, args_.node, item.token, !args_.loads_scales).store(side);
-            if (args_.stores_scales && !args_.loads_scales) ptx::fence_async_shared();  // these ordinary writes are read by a bulk store
+        if ((is_own && args_.writes_own_side) || (args_.message.is_cached && !args_.loads_heads)) {
+            __syncwarp();
+            write_side(item, is_own, stage);
         }
-        if (message.is_cached && !args_.loads_heads) build_cached_heads(args_, item, side);
-        __syncwarp();
         if (lane_ == 0) {
-            constexpr int kHeadBytes = 4 * kMaxNodeRanks;
-            const int num_bytes = args_.parts.num_bytes(item.part);
-            const int num_side_bytes = is_own ? (args_.loads_scales ? message.num_scales * 4 : 0) : message.num_sent_side_bytes();
+            uint64_t* barrier = ring_.barrier_to_load();
+            const int num_bytes = is_whole ? static_cast<int>(args_.parts.num_row_bytes) : args_.parts.num_bytes(item.part);
+            const int num_side_bytes = is_own ? args_.num_own_side_bytes : args_.num_sent_side_bytes;
             ring_.item_to_load().to_deliver = {item.forward_row, item.src_rank, item.part, item.credited, item.chunk};
             ptx::mbarrier_arrive_expect(barrier, num_bytes + num_side_bytes + (args_.loads_heads ? kHeadBytes : 0));
-            ptx::bulk_load(stage, item.row, num_bytes, barrier);
-            if (args_.loads_heads)
-                ptx::bulk_load(side + message.heads_offset(), args_.send_nvl_head + static_cast<int64_t>(item.forward_row) * kMaxNodeRanks, kHeadBytes, barrier);
-            if (num_side_bytes > 0)
-                ptx::bulk_load(side, is_own ? reinterpret_cast<const uint8_t*>(args_.scales + static_cast<int64_t>(item.token) * args_.scales_stride_token) : item.side,
+            // A message's side part lies behind its row, there and here.
+            const bool is_joined = is_whole && !is_own;
+            ptx::bulk_load(stage, item.row, is_joined ? num_bytes + num_side_bytes : num_bytes, barrier);
+            if (!is_joined && num_side_bytes > 0)
+                ptx::bulk_load(stage + args_.stage_side, is_own ? reinterpret_cast<const uint8_t*>(args_.scales + item.token * args_.scales_stride_token) : item.side,
                                num_side_bytes, barrier);
+            if (args_.loads_heads)
+                ptx::bulk_load(stage + args_.stage_side + args_.side.heads, args_.send_nvl_head + static_cast<int64_t>(item.forward_row) * kMaxNodeRanks, kHeadBytes, barrier);
         }
         ring_.loaded();
     }
 
-    __device__ void deliver() {
-        const DispatchMessage& message = args_.message;
-        const uint8_t* stage = ring_.wait_for_stage();
-        const uint8_t* side = stage + args_.side_begin();
-        DEEPEP_TRACE(if (lane_ == 0) spans_.spend(kAwaiting));
-        const ToDeliver item = ring_.item_to_take().to_deliver;
-        const int32_t head = checked_head(args_, context_, handshake_, side);
-        const uint32_t mask = __ballot_sync(~0u, head >= 0);
-        if (lane_ == 0) {
-            const int num_ranks = args_.domain.local.num_ranks, num_bytes = args_.parts.num_bytes(item.part);
-            // The next local rank first, itself last, so that not all ranks store to the same one.
-            int local_rank = args_.domain.local.rank;
-            for (int i = 0; i < num_ranks; ++i) {
-                local_rank = local_rank + 1 == num_ranks ? 0 : local_rank + 1;
-                if (!(mask >> local_rank & 1)) continue;
-                const nvlink::Grant& grant = handshake_.grants[local_rank];
-                const int64_t row = reinterpret_cast<const int32_t*>(side + message.heads_offset())[local_rank];
-                ptx::bulk_store(grant.rows + row * args_.parts.num_row_bytes + args_.parts.begin(item.part), stage, num_bytes);
-                if (args_.stores_scales && item.part == 0) ptx::bulk_store(grant.scales + row * message.num_scales * 4, side, message.num_scales * 4);
-            }
-            ptx::bulk_commit();
+    // What of an item's side part is not loaded in bulk. A warp barrier comes before its readers.
+    __device__ void write_side(const Item& item, bool is_own, uint8_t* stage) const {
+        if (is_own) {
+            SidePart(args_, args_.node, item.token, !args_.loads_scales).store(stage + args_.stage_side);
+            if (args_.stores_scales && !args_.loads_scales) ptx::fence_async_shared();  // these ordinary writes are read by a bulk store
         }
+        if (args_.message.is_cached && !args_.loads_heads) build_cached_heads(args_, item, stage);
         __syncwarp();
-        if (item.part == 0) deliver_side(args_, handshake_, item.src_rank, item.forward_row, side, head, message.num_scales > 0 && !args_.stores_scales);
-        if (item.credited >= 0 && lane_ == 0) ask_for_credit(delivery_, item.credited, item.chunk);
+    }
+
+    __device__ void deliver() {
+        const uint8_t* stage = ring_.wait_for_stage();
+        DEEPEP_TRACE(if (lane_ == 0) spans_.spend(kAwaiting));
+        const ToDeliver& item = ring_.item_to_take().to_deliver;
+        if (lane_ == 0) {
+            store_row(item, stage);
+            if (item.credited >= 0) ask_for_credit(delivery_, item.credited, item.chunk);
+        }
+        if (args_.stores_side) {
+            __syncwarp();  // the item, and the side part of an own row, are there for all lanes
+            if (item.part == 0) deliver_side(args_, handshake_, item.src_rank, item.forward_row, stage);
+        }
         DEEPEP_TRACE(if (lane_ == 0) stamp_first(kRowDelivered), stamp_last(kRowDelivered), count_moved(kMovedByReceivers));
         ptx::fence_async_shared();  // these ordinary reads come before the next bulk load into the stage
-        __syncwarp();
+        __syncwarp();  // all lanes have seen this phase of the stage's mbarrier
         ring_.taken();
         DEEPEP_TRACE(if (lane_ == 0) spans_.spend(kPassing));
+    }
+
+    // By one thread.
+    __device__ void store_row(const ToDeliver& item, const uint8_t* stage) const {
+        const int num_ranks = args_.message.num_heads, num_scale_bytes = args_.message.num_scales * 4;
+        const int64_t begin = args_.parts.begin(item.part);
+        const int num_bytes = args_.parts.num_parts == 1 ? static_cast<int>(args_.parts.num_row_bytes) : args_.parts.num_bytes(item.part);
+        bool has_bad = false;
+        // The next local rank first, itself last, so that not all ranks store to the same one.
+        int local_rank = args_.domain.local.rank;
+        for (int i = 0; i < num_ranks; ++i) {
+            local_rank = local_rank + 1 == num_ranks ? 0 : local_rank + 1;
+            const nvlink::Grant& grant = handshake_.grants[local_rank];
+            const int32_t head = reinterpret_cast<const int32_t*>(stage + args_.stage_side + args_.side.heads)[local_rank];
+            if (static_cast<uint32_t>(head) >= static_cast<uint32_t>(grant.num_rows)) {
+                has_bad = has_bad || head >= 0;
+                continue;
+            }
+            ptx::bulk_store(grant.rows + head * args_.parts.num_row_bytes + begin, stage, num_bytes);
+            if (args_.stores_scales && item.part == 0) ptx::bulk_store(grant.scales + static_cast<int64_t>(head) * num_scale_bytes, stage + args_.stage_side, num_scale_bytes);
+        }
+        ptx::bulk_commit();
+        if (has_bad) check_destinations(args_, context_, handshake_, stage);
     }
 
     const DispatchArgs& args_;
@@ -137,8 +154,7 @@ __device__ void deliver_row_plain(const DispatchArgs& args, const WaitContext& c
             *reinterpret_cast<int4*>(side + byte) = *reinterpret_cast<const int4*>(item.side + byte);
     if (message.is_cached) build_cached_heads(args, item, side);
     __syncwarp();
-    const int32_t head = checked_head(args, context, handshake, side);
-    const uint32_t mask = __ballot_sync(~0u, head >= 0);
+    if (lane == 0) check_destinations(args, context, handshake, side);
     const int4* source = reinterpret_cast<const int4*>(item.row);
     const int num_vectors = static_cast<int>(args.parts.num_row_bytes / 16);
     for (int base = lane; base - lane < num_vectors; base += 32 * kUnroll) {
@@ -146,15 +162,16 @@ __device__ void deliver_row_plain(const DispatchArgs& args, const WaitContext& c
 #pragma unroll
         for (int u = 0; u < kUnroll; ++u)
             if (base + u * 32 < num_vectors) vectors[u] = source[base + u * 32];
-        for (uint32_t left = mask; left != 0; left &= left - 1) {
-            const int local_rank = __ffs(static_cast<int>(left)) - 1;
-            int4* target = reinterpret_cast<int4*>(handshake.grants[local_rank].rows + __shfl_sync(~0u, head, local_rank) * args.parts.num_row_bytes);
+        for (int local_rank = 0; local_rank < message.num_heads; ++local_rank) {
+            const int64_t row = destination(args, handshake, side, local_rank);
+            if (row < 0) continue;
+            int4* target = reinterpret_cast<int4*>(handshake.grants[local_rank].rows + row * args.parts.num_row_bytes);
 #pragma unroll
             for (int u = 0; u < kUnroll; ++u)
                 if (base + u * 32 < num_vectors) target[base + u * 32] = vectors[u];
         }
     }
-    deliver_side(args, handshake, item.src_rank, item.forward_row, side, head, has_scales);
+    deliver_side(args, handshake, item.src_rank, item.forward_row, side);
     __syncwarp();  // all lanes have read the message and the side part
     if (item.credited >= 0 && lane == 0) ask_for_credit(delivery, item.credited, item.chunk);
 }

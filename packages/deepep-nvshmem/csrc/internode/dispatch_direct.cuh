@@ -57,6 +57,8 @@ private:
             next_row_ = 0;
             num_rows_ = claims_.num_rows(claim_.node, claim_.chunk);
             tokens_ = claims_.token(claim_.node, claim_.chunk);
+            peer_ = args_.peer_of(claim_.node);
+            to_ = claims_.target(claim_.node, claim_.slot);
         }
         return found;
     }
@@ -67,11 +69,11 @@ private:
         const bool is_known = token >= 0 && token < args_.num_tokens;
         uint8_t* stage = ring_.stage_to_load();
         uint8_t* side = stage + message.side_offset();
-        SidePart(args_, claim_.node, token, !args_.loads_scales).store(side);
+        if (args_.writes_own_side) SidePart(args_, claim_.node, token, !args_.loads_scales).store(side);
         if (lane_ == 0) {
             uint64_t* barrier = ring_.barrier_to_load();
-            ring_.item_to_load().to_put = {claim_.index, claim_.chunk, next_row_, next_row_ + 1 == num_rows_};
-            const int num_row_bytes = is_known ? static_cast<int>(message.num_row_bytes) : 0, num_scale_bytes = is_known && args_.loads_scales ? message.num_scales * 4 : 0;
+            ring_.item_to_load().to_put = {to_, peer_, next_row_ + 1 == num_rows_ ? claim_.index : -1, claim_.chunk};
+            const int num_row_bytes = is_known ? static_cast<int>(message.num_row_bytes) : 0, num_scale_bytes = is_known ? args_.num_own_side_bytes : 0;
             ptx::mbarrier_arrive_expect(barrier, num_row_bytes + num_scale_bytes);
             if (num_row_bytes > 0) ptx::bulk_load(stage, args_.x + token * message.num_row_bytes, num_row_bytes, barrier);
             if (num_scale_bytes > 0) ptx::bulk_load(side, args_.scales + token * args_.scales_stride_token, num_scale_bytes, barrier);
@@ -79,20 +81,19 @@ private:
         __syncwarp();  // the item and the side part are there for all lanes
         ring_.loaded();
         ++next_row_;
+        to_ += args_.geometry.num_message_bytes;
     }
 
     __device__ void put() {
         const uint8_t* stage = ring_.wait_for_stage();
         DEEPEP_TRACE(if (lane_ == 0) spans_.spend(kAwaiting));
         const ToPut item = ring_.item_to_take().to_put;
-        const int node = contexts_.node_of(item.context), slot = contexts_.slot_of(item.context);
-        const int64_t num_bytes = args_.message.num_row_bytes + args_.message.num_sent_side_bytes();
-        uint8_t* to = claims_.target(node, slot) + item.row * args_.geometry.num_message_bytes;
-        if (item.is_last) {
-            claims_.put_with_word(node, slot, item.chunk, to, stage, num_bytes);
-            claims_.release(item.context, item.chunk);
+        const int64_t num_bytes = args_.message.num_row_bytes + args_.num_sent_side_bytes;
+        if (item.completed >= 0) {
+            claims_.put_with_word(item.peer, contexts_.slot_of(item.completed), item.chunk, item.to, stage, num_bytes);
+            claims_.release(item.completed, item.chunk);
         } else {
-            network::put_part(to, stage, num_bytes, args_.domain.group.peer_of(node));
+            network::put_part(item.to, stage, num_bytes, item.peer);
         }
         ptx::fence_async_shared();  // these ordinary reads come before the next bulk load into the stage
         __syncwarp();
@@ -106,6 +107,8 @@ private:
     StageRing& ring_;
     const int lane_;
     Claim claim_ = {};  // of the rows that are being loaded
+    int peer_ = 0;
+    uint8_t* to_ = nullptr;  // where its next row goes
     int next_row_ = 0;
     int num_rows_ = 0;
     int32_t tokens_ = -1;

@@ -38,7 +38,7 @@ class RowQueue {
 public:
     __device__ RowQueue(const DispatchArgs& args, const WaitContext& context, const BlockContexts& contexts, const StreamShape* sent, const StreamShape* received)
         : args_(args), context_(context), contexts_(contexts), received_(received), lane_(threadIdx.x % 32) {
-        num_own_items_ = static_cast<uint32_t>(min_of(sent[args.node].num_rows, received[args.node].num_rows) * args.parts.num_parts);
+        num_own_items_ = static_cast<uint32_t>(min_of(sent[args.node].num_rows, received[args.node].num_rows)) * static_cast<uint32_t>(args.parts.num_parts);
     }
 
     // Claims the first own rows, and looks for chunks. `warp`: its number among the block's deliver warps.
@@ -69,18 +69,20 @@ public:
     // Uniform over the warp. False: nothing to take now.
     __device__ bool next(Item& item) {
         if (rows_left_ == 0) {
-            if (is_claiming_)
+            const bool has_own = next_own_ < num_own_items_;
+            if (is_claiming_) {
                 open_chunk();
-            else
+                look();
+            } else if (!has_own || ++num_unlooked_ == kOwnRowsPerLook) {
                 choose_chunk();
-            if (!is_claiming_) look();
+                if (!is_claiming_) look();
+            }
+            if (rows_left_ == 0) {
+                if (has_own) take_own(item);
+                return has_own;
+            }
         }
-        if (rows_left_ > 0)
-            take_forwarded(item);
-        else if (next_own_ < num_own_items_)
-            take_own(item);
-        else
-            return false;
+        take_forwarded(item);
         return true;
     }
     __device__ bool is_over() const { return rows_left_ == 0 && num_not_over_ <= 0 && next_own_ >= num_own_items_; }
@@ -97,6 +99,7 @@ public:
 private:
     static constexpr uint32_t kNone = 0xFFFFFFFF;
     static constexpr int kRelieved = -1000;
+    static constexpr int kOwnRowsPerLook = 2;
 
     // Of this lane's contexts, one whose chunk has not come.
     __device__ Waiting waiting() const {
@@ -104,7 +107,7 @@ private:
             const int chunk = chunk_of(index, peek(args_.domain.next_chunks + contexts_.entry_of(index)));
             if (chunk < 0) continue;
             const uint64_t seen = ptx::load_relaxed_sys(word_of(index)), expected = chunk_word(context_.epoch, chunk);
-            if (seen != expected) return {args_.domain.group.peer_of(contexts_.node_of(index)), seen, expected};
+            if (seen != expected) return {args_.peer_of(contexts_.node_of(index)), seen, expected};
         }
         return {};
     }
@@ -117,8 +120,12 @@ private:
     // Asks for the entries and the words of up to 32 contexts. Both at once: a word stays as it is until its chunk has been credited, so one that was read
     // before its entry is at worst not there yet.
     __device__ void look() {
-        if (contexts_.places.role == BlockRole::kSender && is_relieved()) num_not_over_ = kRelieved;
+        num_unlooked_ = 0;
         if (num_not_over_ <= 0) return;
+        if (contexts_.places.role == BlockRole::kSender && is_relieved()) {
+            num_not_over_ = kRelieved;
+            return;
+        }
         const int count = contexts_.count();
         looked_from_ = looked_from_ + 32 < count ? looked_from_ + 32 : 0;
         const int index = looked_from_ + lane_;
@@ -162,15 +169,14 @@ private:
         const bool is_mine = lane_ == source && before_ == entry_;
         if (is_mine) static_cast<void>(ptx::load_acquire_sys(word_of(index_)));  // what the look has seen; it stays until this chunk is credited
         if (!__shfl_sync(~0u, is_mine, source)) return;
-        const Domain& domain = args_.domain;
-        const int node = contexts_.node_of(index_), slot = contexts_.slot_of(index_);
+        const int node = contexts_.node_of(index_);
         const StreamShape& stream = received_[node];
         const int first = chunk_ * stream.num_chunk_rows;
         rows_left_ = static_cast<int>(min_of(stream.num_chunk_rows, stream.num_rows - first));
         part_ = 0;
-        src_rank_ = domain.group.peer_of(node);
+        src_rank_ = args_.peer_of(node);
         forward_row_ = stream.first_row + first;
-        message_ = domain.window.receive_ring(domain.network, args_.node, node) + args_.geometry.slot_offset(slot);
+        message_ = args_.slot_in(args_.receive_rings, args_.node, node, contexts_.slot_of(index_));
 #if DEEPEP_HAS_BULK
         if (lane_ == 0) ptx::fence_async_global();  // FULL, acquired above and joined by the shuffles' warp barriers, permits bulk loads
 #endif
@@ -201,10 +207,11 @@ private:
     __device__ void take_own(Item& item) {
         const uint32_t row = args_.parts.num_parts == 1 ? next_own_ : next_own_ / args_.parts.num_parts;
         const int part = static_cast<int>(next_own_ - row * args_.parts.num_parts);
-        const int64_t listed = listed_;
-        const bool is_known = listed >= 0 && listed < args_.num_tokens;
-        const int64_t token = is_known ? listed : 0;
-        if (!is_known && lane_ == 0) report_error(context_, ErrorKind::kLayoutMismatch, Phase::kRows, args_.domain.group.rank, static_cast<uint64_t>(listed), args_.num_tokens, 0);
+        int64_t token = static_cast<uint32_t>(listed_);
+        if (token >= args_.num_tokens) {
+            if (lane_ == 0) report_error(context_, ErrorKind::kLayoutMismatch, Phase::kRows, args_.domain.group.rank, static_cast<uint64_t>(token), args_.num_tokens, 0);
+            token = 0;
+        }
         item = {args_.x + token * args_.parts.num_row_bytes + args_.parts.begin(part), nullptr, static_cast<int32_t>(token),
                 static_cast<int32_t>(received_[args_.node].first_row + row), args_.domain.group.rank, part, -1, 0};
         const uint32_t claimed = __shfl_sync(~0u, claimed_, 0);
@@ -228,6 +235,7 @@ private:
     // Of the contexts, as many as may not be over: all but those that the last looks in a row found over. Zero or less: none. kRelieved: of no concern.
     int num_not_over_ = 0;
     // what this lane has asked for last: of the context looked_from_ + lane
+    int num_unlooked_ = 0;  // own rows taken since
     int looked_from_ = 0;
     unsigned long long entry_ = 0;
     uint64_t seen_ = 0;
@@ -244,55 +252,59 @@ private:
 };
 
 // In a cached dispatch heads come from the handle.
-__device__ inline void build_cached_heads(const DispatchArgs& args, const Item& item, uint8_t* side) {
+__device__ inline void build_cached_heads(const DispatchArgs& args, const Item& item, uint8_t* stage) {
     const int lane = threadIdx.x % 32;
     if (lane < args.message.num_heads)
-        reinterpret_cast<int32_t*>(side + args.message.heads_offset())[lane] = args.send_nvl_head[static_cast<int64_t>(item.forward_row) * kMaxNodeRanks + lane];
+        reinterpret_cast<int32_t*>(stage + args.stage_side + args.side.heads)[lane] = args.send_nvl_head[static_cast<int64_t>(item.forward_row) * kMaxNodeRanks + lane];
 }
 
-// This lane's destination row (lane = local rank), or -1; and a record of a row that does not fit.
-__device__ inline int32_t checked_head(const DispatchArgs& args, const WaitContext& context, const nvlink::Handshake& handshake, const uint8_t* side) {
-    const int lane = threadIdx.x % 32;
-    if (lane >= args.message.num_heads) return -1;
-    const int32_t head = reinterpret_cast<const int32_t*>(side + args.message.heads_offset())[lane];
-    const int64_t num_rows = handshake.grants[lane].num_rows;
-    if (head < num_rows) return head < 0 ? -1 : head;
-    if (!handshake.is_failed)
-        report_error(context, ErrorKind::kOverflow, Phase::kRows, args.domain.group.node() * args.domain.group.ranks_per_node + lane, head, num_rows, 0);
-    return -1;
+// The destination row at a rank of this node, or -1.
+__device__ __forceinline__ int32_t destination(const DispatchArgs& args, const nvlink::Handshake& handshake, const uint8_t* stage, int local_rank) {
+    const int32_t head = reinterpret_cast<const int32_t*>(stage + args.stage_side + args.side.heads)[local_rank];
+    return static_cast<uint32_t>(head) < static_cast<uint32_t>(handshake.grants[local_rank].num_rows) ? head : -1;
 }
 
-// Everything of a row but the row itself, by ordinary stores of the whole warp. `head` is that of checked_head.
-__device__ inline void deliver_side(const DispatchArgs& args, const nvlink::Handshake& handshake, int src_rank, int32_t forward_row, const uint8_t* side, int32_t head,
-                                    bool has_scales) {
+// By one thread: a record of a destination row that does not fit.
+__device__ inline void check_destinations(const DispatchArgs& args, const WaitContext& context, const nvlink::Handshake& handshake, const uint8_t* stage) {
+    if (handshake.is_failed) return;
+    for (int local_rank = 0; local_rank < args.message.num_heads; ++local_rank) {
+        const int32_t head = reinterpret_cast<const int32_t*>(stage + args.stage_side + args.side.heads)[local_rank];
+        const int64_t num_rows = handshake.grants[local_rank].num_rows;
+        if (head >= num_rows) report_error(context, ErrorKind::kOverflow, Phase::kRows, args.node * args.message.num_heads + local_rank, head, num_rows, 0);
+    }
+}
+
+// What lanes store of a row: its choices, its weights, where it comes from; scales only if bulk stores do not.
+__device__ inline void deliver_side(const DispatchArgs& args, const nvlink::Handshake& handshake, int src_rank, int32_t forward_row, const uint8_t* stage) {
     const DispatchMessage& message = args.message;
-    const Group& group = args.domain.group;
-    const int lane = threadIdx.x % 32, num_topk = message.num_topk;
-    const int num_local_experts = args.num_experts / group.num_ranks;
-    int32_t expert = -1;
+    const int lane = threadIdx.x % 32, num_topk = message.num_topk, num_ranks = message.num_heads, num_local_experts = args.num_local_experts;
+    int32_t expert = -1;  // as the first rank of the node would number it
     float weight = 0.0f;
     if (lane < num_topk) {
-        expert = reinterpret_cast<const int32_t*>(side + message.topk_idx_offset())[lane];
-        weight = reinterpret_cast<const float*>(side + message.weights_offset())[lane];
+        const int32_t chosen = reinterpret_cast<const int32_t*>(stage + args.stage_side + args.side.topk_idx)[lane];
+        if (chosen >= 0) expert = chosen - args.node * num_ranks * num_local_experts;
+        weight = reinterpret_cast<const float*>(stage + args.stage_side + args.side.weights)[lane];
     }
-    for (uint32_t mask = __ballot_sync(~0u, head >= 0); mask != 0; mask &= mask - 1) {
-        const int local_rank = __ffs(static_cast<int>(mask)) - 1;
-        const int64_t row = __shfl_sync(~0u, head, local_rank);
-        const nvlink::Grant& grant = handshake.grants[local_rank];
-        if (lane < num_topk) {
-            const int64_t local_expert = localise_expert(expert, group.node() * group.ranks_per_node + local_rank, num_local_experts);
-            reinterpret_cast<int64_t*>(grant.topk_idx)[row * num_topk + lane] = local_expert;
-            reinterpret_cast<float*>(grant.weights)[row * num_topk + lane] = local_expert < 0 ? 0.0f : weight;
+    for (int local_rank = 0; local_rank < num_ranks; ++local_rank) {
+        const int64_t row = destination(args, handshake, stage, local_rank);
+        if (row >= 0) {
+            const nvlink::Grant& grant = handshake.grants[local_rank];
+            if (lane < num_topk) {
+                const bool is_here = static_cast<uint32_t>(expert) < static_cast<uint32_t>(num_local_experts);
+                reinterpret_cast<int64_t*>(grant.topk_idx)[row * num_topk + lane] = is_here ? expert : -1;
+                reinterpret_cast<float*>(grant.weights)[row * num_topk + lane] = is_here ? weight : 0.0f;
+            }
+            if (lane == 0 && !message.is_cached)
+                reinterpret_cast<int2*>(grant.src_idx)[row] = make_int2(src_rank, *reinterpret_cast<const int32_t*>(stage + args.stage_side + args.side.token));
+            if (!args.stores_scales)
+                for (int col = lane; col < message.num_scales; col += 32)
+                    reinterpret_cast<uint32_t*>(grant.scales)[row * message.num_scales + col] = reinterpret_cast<const uint32_t*>(stage + args.stage_side)[col];
         }
-        if (lane == 0 && !message.is_cached)
-            reinterpret_cast<int2*>(grant.src_idx)[row] = make_int2(src_rank, *reinterpret_cast<const int32_t*>(side + message.token_offset()));
-        if (has_scales)
-            for (int col = lane; col < message.num_scales; col += 32)
-                reinterpret_cast<uint32_t*>(grant.scales)[row * message.num_scales + col] = reinterpret_cast<const uint32_t*>(side)[col];
+        expert -= num_local_experts;
     }
     if (!message.is_cached && lane < kMaxNodeRanks)
         args.send_nvl_head[static_cast<int64_t>(forward_row) * kMaxNodeRanks + lane] =
-            lane < message.num_heads ? reinterpret_cast<const int32_t*>(side + message.heads_offset())[lane] : -1;
+            lane < num_ranks ? reinterpret_cast<const int32_t*>(stage + args.stage_side + args.side.heads)[lane] : -1;
 }
 
 // By one thread, once the chunk's loads have landed and the warp knows: hands the credit to the warp that gives credits back.
@@ -320,8 +332,8 @@ __device__ inline void return_credits(const DispatchArgs& args, const WaitContex
             ptx::fence_acq_rel_sys();  // the loads of the chunks stay before the words that let the senders overwrite them
             if (is_due) {
                 returned[index] = due;
-                network::set_word(args.domain.window.credit(args.domain.network, args.domain.group.node()) + contexts.slot_of(index), chunk_word(context.epoch, due - 1),
-                                  args.domain.group.peer_of(contexts.node_of(index)));
+                network::set_word(args.credit_words + args.node * kMaxSlots + contexts.slot_of(index), chunk_word(context.epoch, due - 1),
+                                  args.peer_of(contexts.node_of(index)));
             }
         }
         if (is_last_pass) return;

@@ -80,14 +80,10 @@ public:
     __device__ int32_t token(int node, int chunk) const {
         return lane_ < num_rows(node, chunk) ? args_.tokens_to_node[node * args_.num_tokens + chunk * streams_[node].num_chunk_rows + lane_] : -1;
     }
-    __device__ uint8_t* target(int node, int slot) const {
-        return args_.domain.window.receive_ring(args_.domain.network, node, args_.node) + args_.geometry.slot_offset(slot);
-    }
+    __device__ uint8_t* target(int node, int slot) const { return args_.slot_in(args_.receive_rings, node, args_.node, slot); }
     // By the whole warp: bytes with which the chunk is complete, and the word that says so.
-    __device__ void put_with_word(int node, int slot, int chunk, uint8_t* to, const uint8_t* from, int64_t num_bytes) const {
-        const Domain& domain = args_.domain;
-        network::put_chunk(to, from, num_bytes, domain.window.full(domain.network, NetworkWindow::kDispatchFull, args_.node) + slot, chunk_word(context_.epoch, chunk),
-                           domain.group.peer_of(node));
+    __device__ void put_with_word(int peer, int slot, int chunk, uint8_t* to, const uint8_t* from, int64_t num_bytes) const {
+        network::put_chunk(to, from, num_bytes, args_.full_words + args_.node * kMaxSlots + slot, chunk_word(context_.epoch, chunk), peer);
     }
 
 private:
@@ -99,7 +95,7 @@ private:
         const uint64_t seen = credited_ != nullptr ? chunk_word(context_.epoch, peek(credited_ + index) - 1)
                                                    : ptx::load_relaxed_sys(contexts_.credit_word(index));
         if (seen != expected) {
-            waiting = {args_.domain.group.peer_of(node), seen, expected};
+            waiting = {args_.peer_of(node), seen, expected};
             return false;
         }
         return true;
@@ -167,7 +163,7 @@ __device__ inline void watch_credits(const WaitContext& context, const BlockCont
                     __threadfence_block();
                     poke(credited + index, before + 1);
                 } else {
-                    waiting = {args.domain.group.peer_of(contexts.node_of(index)), seen, expected};
+                    waiting = {args.peer_of(contexts.node_of(index)), seen, expected};
                 }
             }
             has_moved = __any_sync(~0u, is_new) || has_moved;
@@ -203,13 +199,12 @@ public:
 
 private:
     __device__ void send_chunk(const Claim& claim) {
-        const Domain& domain = args_.domain;
         const int num_rows = claims_.num_rows(claim.node, claim.chunk);
         const int64_t num_message_bytes = args_.geometry.num_message_bytes;
-        uint8_t* here = domain.window.send_ring(domain.network, args_.node, claim.node) + args_.geometry.slot_offset(claim.slot);
+        uint8_t* here = args_.slot_in(args_.send_rings, args_.node, claim.node, claim.slot);
         const int32_t tokens = claims_.token(claim.node, claim.chunk);
         for (int i = 0; i < num_rows; ++i) pack_row(claim.node, __shfl_sync(~0u, tokens, i), here + i * num_message_bytes);
-        claims_.put_with_word(claim.node, claim.slot, claim.chunk, claims_.target(claim.node, claim.slot), here, num_rows * num_message_bytes);
+        claims_.put_with_word(args_.peer_of(claim.node), claim.slot, claim.chunk, claims_.target(claim.node, claim.slot), here, num_rows * num_message_bytes);
         claims_.release(claim.index, claim.chunk);
     }
 

@@ -30,13 +30,23 @@ void shape_dispatch(DispatchArgs& args, const Tuning& tuning, bool has_bulk) {
     args.num_nodes = num_nodes;
     args.full_words = args.domain.window.full(args.domain.network, NetworkWindow::kDispatchFull, 0);
     args.credit_words = args.domain.window.credit(args.domain.network, 0);
+    args.send_rings = args.domain.network + args.domain.window.send_rings_offset();
+    args.receive_rings = args.domain.network + args.domain.window.receive_rings_offset();
+    args.num_slot_bytes = args.geometry.slot_offset(1);
     args.num_places = BlockPlaces::num_places(tuning.num_sms, args.num_team_senders);
     args.num_block_contexts = (num_nodes - 1) * static_cast<int>(max_of(1, args.num_team_senders) * ceil_div(args.geometry.num_slots, args.num_places));
     // Streams (two of 16 bytes for each node); of the contexts the next chunk to send, credits received, asked for and given back, and where they are (8).
     const int num_table_bytes = num_nodes * 32 + args.num_block_contexts * 24;
-    constexpr int kItemBytes = 32;  // of a stage: its barrier and what it holds
+    constexpr int kItemBytes = 40;  // of a stage: its barrier and what it holds
     const int num_budget = kSharedBudget - num_table_bytes;
-    const int num_side_bytes = static_cast<int>(align_up(message.num_shared_side_bytes(), 128));
+    args.side = SideLayout::of(message);
+    args.stage_side = args.use_bulk ? args.parts.num_part_bytes : 0;  // without bulk copies rows go straight through registers
+    args.num_stage_bytes = static_cast<int>(align_up(args.stage_side + message.num_shared_side_bytes(), 128));
+    args.stores_side = !message.is_cached || (message.num_scales > 0 && !args.stores_scales);
+    args.writes_own_side = !message.is_cached || (message.num_scales > 0 && !args.loads_scales);
+    args.num_own_side_bytes = args.loads_scales ? message.num_scales * 4 : 0;
+    args.num_sent_side_bytes = message.num_sent_side_bytes();
+    args.num_local_experts = args.num_experts / args.domain.group.num_ranks;
     // In a team all warps of a sender send, and the deliverer has as many deliver warps as its shared memory feeds; the numbers matter together only
     // to a sender whose deliverer has not begun.
     constexpr int kNumOtherWarps = kMaxDispatchWarps - kNumCreditWarps;
@@ -46,7 +56,6 @@ void shape_dispatch(DispatchArgs& args, const Tuning& tuning, bool has_bulk) {
         static_cast<int>(max_of(1, min_of(kNumOtherWarps - 1, tuning.num_send_warps > 0 ? tuning.num_send_warps : num_usual_send_warps)));
     const int64_t most_warps = min_of(kMaxDeliverWarps, kNumOtherWarps - args.num_send_warps);
     if (args.use_bulk) {
-        args.num_stage_bytes = static_cast<int>(align_up(args.parts.num_part_bytes, 128)) + num_side_bytes;
         const int num_rows = num_budget / (args.num_stage_bytes + kItemBytes);
         const int64_t num_fed_warps = num_rows / (is_divided ? 2 : 3);
         args.num_deliver_warps = static_cast<int>(tuning.num_warps > 0 ? tuning.num_warps : max_of(1, min_of(min_of(num_usual_deliver_warps, most_warps), num_fed_warps)));
@@ -58,7 +67,6 @@ void shape_dispatch(DispatchArgs& args, const Tuning& tuning, bool has_bulk) {
                                 std::to_string(num_rows) + " stages of this row size, each warp takes 2 to " + std::to_string(kMaxDeliverStages) + ", and " +
                                 std::to_string(most_warps) + " warps are the most.");
     } else {
-        args.num_stage_bytes = num_side_bytes;  // rows go straight through registers
         args.num_deliver_warps = static_cast<int>(min_of(num_usual_deliver_warps, most_warps));
         args.num_stages = 1;
     }

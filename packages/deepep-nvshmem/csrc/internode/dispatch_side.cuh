@@ -19,7 +19,7 @@ public:
                 if (chosen >= 0 && chosen < args.num_experts) expert_ = static_cast<int32_t>(chosen);
                 weight_ = args.topk_weights[token * message.num_topk + lane_];
             }
-            if (lane_ < message.num_heads) head_ = args.dst_rows[token * args.domain.group.num_ranks + node * args.domain.group.ranks_per_node + lane_];
+            if (lane_ < message.num_heads) head_ = args.dst_rows[token * args.domain.group.num_ranks + node * message.num_heads + lane_];
         }
 #pragma unroll
         for (int i = 0; i < kEarly; ++i)
@@ -34,11 +34,11 @@ public:
         for (int col = lane_ + kEarly * 32; col < num_scales_; col += 32) reinterpret_cast<uint32_t*>(side)[col] = scales()[col * args_.scales_stride_col];
         if (message.is_cached) return;
         if (lane_ < message.num_topk) {
-            reinterpret_cast<int32_t*>(side + message.topk_idx_offset())[lane_] = expert_;
-            reinterpret_cast<float*>(side + message.weights_offset())[lane_] = weight_;
+            reinterpret_cast<int32_t*>(side + args_.side.topk_idx)[lane_] = expert_;
+            reinterpret_cast<float*>(side + args_.side.weights)[lane_] = weight_;
         }
-        if (lane_ < message.num_heads) reinterpret_cast<int32_t*>(side + message.heads_offset())[lane_] = head_;
-        if (lane_ == 0) *reinterpret_cast<int32_t*>(side + message.token_offset()) = static_cast<int32_t>(token_);
+        if (lane_ < message.num_heads) reinterpret_cast<int32_t*>(side + args_.side.heads)[lane_] = head_;
+        if (lane_ == 0) *reinterpret_cast<int32_t*>(side + args_.side.token) = static_cast<int32_t>(token_);
     }
 
 private:

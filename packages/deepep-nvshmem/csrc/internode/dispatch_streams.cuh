@@ -24,8 +24,8 @@ __device__ inline void describe_streams(const DispatchArgs& args, const WaitCont
         const int64_t begin = node == 0 ? 0 : args.recv_rdma_rank_prefix[node - 1], end = args.recv_rdma_rank_prefix[node];
         const bool is_sent_good = to_node >= 0 && to_node <= args.num_tokens;
         const bool is_received_good = begin >= 0 && begin <= end && end <= args.num_forward_capacity;
-        if (blockIdx.x == 0 && !is_sent_good) report_error(context, ErrorKind::kLayoutMismatch, Phase::kRows, group.peer_of(node), to_node, args.num_tokens, 0);
-        if (blockIdx.x == 0 && !is_received_good) report_error(context, ErrorKind::kLayoutMismatch, Phase::kRows, group.peer_of(node), end, args.num_forward_capacity, 0);
+        if (blockIdx.x == 0 && !is_sent_good) report_error(context, ErrorKind::kLayoutMismatch, Phase::kRows, args.peer_of(node), to_node, args.num_tokens, 0);
+        if (blockIdx.x == 0 && !is_received_good) report_error(context, ErrorKind::kLayoutMismatch, Phase::kRows, args.peer_of(node), end, args.num_forward_capacity, 0);
         const auto shape = [&](int64_t num_rows, int64_t first_row) {
             const Stream stream = Stream::of(args.geometry, num_rows);
             return StreamShape{static_cast<int32_t>(num_rows), stream.num_chunk_rows, static_cast<int32_t>(stream.num_chunks()), static_cast<int32_t>(first_row)};

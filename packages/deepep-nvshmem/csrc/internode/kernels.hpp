@@ -107,6 +107,18 @@ struct PlanArgs {
     int32_t* tokens_to_node;       // [D, T]: the i-th token that goes to each node
 };
 
+// Where the pieces of a row's side part lie in it: DispatchMessage's offsets, worked out once because they are asked for on the way of every row.
+struct SideLayout {
+    int32_t topk_idx;
+    int32_t weights;
+    int32_t heads;
+    int32_t token;
+
+    static SideLayout of(const DispatchMessage& message) {
+        return {message.topk_idx_offset(), message.weights_offset(), message.heads_offset(), message.token_offset()};
+    }
+};
+
 struct DispatchArgs {
     Domain domain;
     // what this rank sends
@@ -143,6 +155,14 @@ struct DispatchArgs {
     bool loads_scales;  // a row's scales can be loaded in bulk
     bool stores_scales;  // likewise stored
     bool loads_heads;    // a cached dispatch's heads can be loaded in bulk
+    SideLayout side;
+    int stage_side;      // where a row's side part begins in a deliver warp's stage: directly behind a whole row, so that one bulk load brings both
+    int num_stage_bytes;
+    bool stores_side;    // lanes store some of a row's side part to its destinations
+    bool writes_own_side;  // lanes write some of an own row's side part into its stage
+    int num_own_side_bytes;   // of an own row, loaded in bulk
+    int num_sent_side_bytes;  // of a forwarded row, likewise
+    int num_local_experts;
     int num_team_senders;  // blocks that send for each one that delivers; 0: every block does both
     int num_places;        // parts of the slots, each served by one sender
     bool sends_directly;   // out of shared memory: in teams, where stores reach all peers
@@ -150,14 +170,21 @@ struct DispatchArgs {
     int num_nodes;
     uint64_t* full_words;    // of this rank's window: FULL and CREDIT from each node [D, kMaxSlots]
     uint64_t* credit_words;
+    uint8_t* send_rings;     // and its rings
+    uint8_t* receive_rings;
+    int64_t num_slot_bytes;
     int num_deliver_warps;
     int num_send_warps;
     int num_stages;       // of each deliver warp
-    int num_stage_bytes;
     int num_block_contexts;  // of all nodes in one block, at most
     int num_dynamic_bytes;
 
-    DEEPEP_HOST_DEVICE int side_begin() const { return static_cast<int>(align_up(parts.num_part_bytes, 128)); }  // in a stage
+    // As Group::peer_of, without a division.
+    DEEPEP_HOST_DEVICE int peer_of(int node) const { return node * message.num_heads + domain.local.rank; }
+    // The slot of a ring that node `own` keeps for node `other`: NetworkWindow's send_ring and receive_ring.
+    DEEPEP_HOST_DEVICE uint8_t* slot_in(uint8_t* rings, int own, int other, int slot) const {
+        return rings + (other < own ? other : other - 1) * domain.window.num_ring_bytes + slot * num_slot_bytes;
+    }
 };
 
 struct CombineArgs {

@@ -9,18 +9,18 @@ namespace deepep::internode {
 namespace {
 
 // What else is known of a row that is to be delivered, or of one that is to be put.
-struct ToDeliver {
+struct alignas(16) ToDeliver {
     int32_t forward_row;
     int32_t src_rank;
     int32_t part;
     int32_t credited;  // the chunk's last item: its context, else -1
     int32_t chunk;
 };
-struct ToPut {
-    int32_t context;
+struct alignas(16) ToPut {
+    uint8_t* to;
+    int32_t peer;
+    int32_t completed;  // the chunk's last row: its context, else -1
     int32_t chunk;
-    int32_t row;  // of the chunk
-    bool is_last;
 };
 union StagedItem {
     ToDeliver to_deliver;

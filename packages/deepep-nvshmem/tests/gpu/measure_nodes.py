@@ -47,6 +47,7 @@ class Task:
     num_calls: int
     has_trace: bool
     megahertz: float
+    kept: str = "all"  # rows for which nodes
 
 
 class Tuned:
@@ -74,6 +75,16 @@ def parsed(tuning: str) -> dict[str, int]:
     return {name: int(value) for name, _, value in (part.partition("=") for part in tuning.split(",") if part)}
 
 
+def restricted(chosen: torch.Tensor, task: Task, rank: int) -> torch.Tensor:
+    """Choices of experts on this rank's node only, or on the next node only."""
+    if task.kept == "all":
+        return chosen
+    shape = task.shape
+    num_node_experts = shape.experts // shape.num_ranks * task.ranks_per_node
+    node = rank // task.ranks_per_node + (1 if task.kept == "next" else 0)
+    return chosen % num_node_experts + node * num_node_experts % shape.experts
+
+
 class Bench:
     def __init__(self, context: RankContext, task: Task) -> None:
         self.context, self.task = context, task
@@ -81,7 +92,7 @@ class Bench:
         self.buffer = Buffer(context.group, 1 << 28, backend="nvshmem", timeout_s=15.0)
         backend: Any = self.buffer._normal_backend
         self.tuned = backend._runtime = Tuned(backend._runtime)
-        self.chosen = choices(shape, rank, seed=0).to(device)
+        self.chosen = restricted(choices(shape, rank, seed=0), task, rank).to(device)
         self.weights = choice_weights(shape, rank, seed=0).to(device)
         tokens = torch.arange(shape.tokens, device=device)
         self.sent = [payload(shape, rows(shape, rank, tokens, seed)) for seed in range(NUM_SETS)]
@@ -202,7 +213,8 @@ def measure(context: RankContext, task: Task) -> None:
                         say(f"{what} {refused}")
                         continue
                     us, floor = statistics.median(times), floors[kernel] / push / 1e3 if push else 0.0
-                    say(f"{what} {us:7.1f} us (largest {max(times):7.1f}), floor {floor:6.1f}: {floor / us:.2f}")
+                    share = f", floor {floor:6.1f}: {floor / us:.2f}" if task.kept == "all" else ""
+                    say(f"{what} {us:7.1f} us (largest {max(times):7.1f}){share}")
                     if task.has_trace:
                         for line in bench.trace(kernel, sms):
                             say("    " + line)
@@ -226,6 +238,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=["fp8", "bf16"], default="fp8")
     parser.add_argument("--groups", type=int, default=1, help="8 with --topk-groups 4: as DeepSeek-V3 chooses")
     parser.add_argument("--topk-groups", type=int, default=1)
+    parser.add_argument("--nodes", choices=["all", "own", "next"], default="all", help="tokens go to these nodes only")
     parser.add_argument("--what", nargs="+", choices=OPERATIONS, default=["dispatch", "combine"])
     parser.add_argument("--sms", type=int, nargs="+", default=[24])
     parser.add_argument("--tunings", nargs="+", default=[""], help="of dispatch; empty: what the library chooses")
@@ -257,6 +270,7 @@ def main() -> None:
                 num_calls=options.calls,
                 has_trace=options.trace,
                 megahertz=options.megahertz,
+                kept=options.nodes,
             )
             environment = {"DEEPEP_RANKS_PER_NODE": str(ranks_per_node)}
             if options.window_mb:
