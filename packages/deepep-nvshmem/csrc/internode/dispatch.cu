@@ -20,10 +20,13 @@
 #include "internode/trace.cuh"
 #include "kernels/completion.cuh"
 
+#include <climits>
+
 namespace deepep::internode {
 namespace {
 
 constexpr int kOp = static_cast<int>(Op::kDispatch);
+constexpr uint32_t kMayLeaveRows = 1u << 31;
 constexpr int kMaxThreads = kMaxDispatchWarps * 32;
 
 struct Shared {
@@ -34,10 +37,11 @@ struct Shared {
     int num_contexts;
 };
 
-// Dynamic shared memory: the deliver warps' stages (or side parts), what they hold, the streams, the contexts' chunks.
+// Dynamic shared memory: the deliver warps' stages (or side parts), what they hold, the streams, the contexts' credits and chunks.
 struct DynamicShared {
     uint8_t* stages;
-    uint64_t* barriers;
+    uint64_t* barriers;  // of the stages, and of the looks at credits
+    uint64_t* seen_credits;
     StagedItem* items;
     StreamShape* sent;
     StreamShape* received;
@@ -51,7 +55,8 @@ struct DynamicShared {
         const int num_stages = args.num_deliver_warps * args.num_stages, num_nodes = args.domain.group.num_nodes();
         stages = memory;
         barriers = reinterpret_cast<uint64_t*>(stages + static_cast<int64_t>(num_stages) * args.num_stage_bytes);
-        sent = reinterpret_cast<StreamShape*>(barriers + align_up(num_stages, 2));
+        seen_credits = barriers + align_up(num_stages + 1, 2);
+        sent = reinterpret_cast<StreamShape*>(seen_credits + 2 * args.num_block_contexts);
         received = sent + num_nodes;
         items = reinterpret_cast<StagedItem*>(received + num_nodes);
         places = reinterpret_cast<ContextPlace*>(items + num_stages);
@@ -70,21 +75,21 @@ struct DynamicShared {
 };
 
 #if DEEPEP_HAS_BULK
-// What is left of the own rows, by a warp of a sender: everything for other nodes is out and has arrived. `stage`, `parity`: where its ring has come to.
-// A call, and everything else read anew, so that nothing of this takes registers from the loops before it.
-__device__ __noinline__ void deliver_own_rows(const DispatchArgs& args, uint8_t* memory, Shared& shared, int warp, int stage, uint32_t parity) {
+// Some of the own rows, by a warp of a sender that has nothing else to do; its ring is empty before and after. False: none are left.
+// A call, and everything else read anew, so that nothing of this takes registers from the loops around it.
+__device__ __noinline__ uint32_t deliver_own_rows(const DispatchArgs& args, uint8_t* memory, Shared& shared, int warp, uint32_t place, int most) {
     DeviceState* state = args.domain.local.state();
     const WaitContext context{args.domain.local.host, state, Op::kDispatch, args.domain.group.rank, ptx::load_relaxed_gpu(&state->epochs[kOp]) + 1};
     const DynamicShared dynamic(args, memory);
     const BlockContexts contexts{args, BlockPlaces::of(shared.block, args.num_team_senders), dynamic.places, shared.num_contexts};
     const Delivery delivery{dynamic.credits, &shared.num_deliverers_left};
     StageRing ring = dynamic.ring(args, warp);
-    ring.load_stage = ring.take_stage = stage;
-    ring.parity = parity;
+    ring.go_to(place);
     RowQueue queue(args, context, contexts, dynamic.sent, dynamic.received);
-    queue.begin_own_rows();
+    queue.begin_own_rows(most);
     DeliverWarp(args, context, shared.handshake, delivery, queue, ring).run();
     DEEPEP_TRACE(if (threadIdx.x % 32 == 0) stamp_last(kDeliveringOver));
+    return ring.place() | (queue.may_leave_rows() ? kMayLeaveRows : 0);
 }
 #endif
 
@@ -191,6 +196,17 @@ __global__ void __launch_bounds__(kMaxThreads, 1) dispatch_rows_kernel(const __g
     // In a sender, warps that have nothing more to deliver help to send.
     const bool sends = role == BlockRole::kSender || (role == BlockRole::kBoth && is_sender);
     if (sends && !shared.handshake.is_failed) {
+#if DEEPEP_HAS_BULK
+        bool may_leave_rows = true;
+        const auto help = [&](int most) {
+            if (may_leave_rows) {
+                const uint32_t place = deliver_own_rows(args, memory, shared, deliverer, ring.place(), most);
+                ring.go_to(place & ~kMayLeaveRows);
+                may_leave_rows = (place & kMayLeaveRows) != 0;
+            }
+            return may_leave_rows;
+        };
+#endif
         const uint64_t* relief = nullptr;
 #if DEEPEP_HAS_BULK
         if (args.sends_directly && role == BlockRole::kSender) relief = contexts.deliverer_begun();
@@ -199,15 +215,15 @@ __global__ void __launch_bounds__(kMaxThreads, 1) dispatch_rows_kernel(const __g
         const SendClaims claims(context, contexts, dynamic.sent, dynamic.next_sent, is_direct ? dynamic.credited : nullptr);
 #if DEEPEP_HAS_BULK
         if (is_direct)
-            DirectSendWarp(context, contexts, claims, ring).run();
+            DirectSendWarp(context, contexts, claims, ring).run(help);
         else if (relief != nullptr && !is_sender)
-            watch_credits(context, contexts, dynamic.next_sent, dynamic.credited);
+            CreditWatch(context, contexts, dynamic.next_sent, dynamic.credited, dynamic.seen_credits, dynamic.barriers + args.num_deliver_warps * args.num_stages).run();
         else
 #endif
             SendWarp(args, context, claims, relief).run();
         DEEPEP_TRACE(if (threadIdx.x % 32 == 0) stamp_last(kSendingOver));
 #if DEEPEP_HAS_BULK
-        if (args.use_bulk && is_deliverer && role == BlockRole::kSender) deliver_own_rows(args, memory, shared, deliverer, ring.take_stage, ring.parity);
+        if (args.use_bulk && is_deliverer && role == BlockRole::kSender) help(INT_MAX);
 #endif
     }
     if (args.fill_unused) fill_unused_rows(args, dynamic.received);

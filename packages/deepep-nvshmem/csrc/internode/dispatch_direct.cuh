@@ -18,8 +18,11 @@ public:
     __device__ DirectSendWarp(const WaitContext& context, const BlockContexts& contexts, const SendClaims& claims, StageRing& ring)
         : args_(contexts.args), context_(context), contexts_(contexts), claims_(claims), ring_(ring), lane_(threadIdx.x % 32) {}
 
-    // The stages are empty when it begins, and when it ends.
-    __device__ void run() {
+    // The stages are empty when it begins, and when it ends. While no chunk can go, it calls `help(most)` to deliver some own rows, which says whether more may
+    // be left.
+    template <class Help>
+    __device__ void run(const Help& help) {
+        constexpr int kRowsPerHelp = 4;
         SendPatience patience;
         while (true) {
             Waiting waiting;
@@ -42,7 +45,10 @@ public:
             } else if (found == SendClaims::Found::kOver) {
                 return;
             } else if (found == SendClaims::Found::kNothing) {
-                if (patience.is_exhausted(context_, waiting)) return;
+                if (help(kRowsPerHelp))
+                    patience.renew();
+                else if (patience.is_exhausted(context_, waiting))
+                    return;
             } else {
                 patience.renew();
             }

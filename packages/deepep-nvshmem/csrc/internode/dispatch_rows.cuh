@@ -11,6 +11,7 @@
 #include "internode/dispatch_side.cuh"
 #include "internode/dispatch_streams.cuh"
 #include "internode/network.cuh"
+#include "internode/trace.cuh"
 #include "kernels/handshake.cuh"
 
 namespace deepep::internode {
@@ -54,8 +55,9 @@ public:
         look();
     }
 
-    // The same for own rows alone: chunks are not looked for.
-    __device__ void begin_own_rows() {
+    // The same for own rows alone, so many at most: chunks are not looked for.
+    __device__ void begin_own_rows(int most) {
+        claims_left_ = most;
         claim();
         next_own_ = __shfl_sync(~0u, claimed_, 0);
         claim();
@@ -68,29 +70,25 @@ public:
 
     // Uniform over the warp. False: nothing to take now.
     __device__ bool next(Item& item) {
-        if (rows_left_ == 0) {
-            const bool has_own = next_own_ < num_own_items_;
-            if (is_claiming_) {
-                open_chunk();
-                look();
-            } else if (!has_own || ++num_unlooked_ == kOwnRowsPerLook) {
-                choose_chunk();
-                if (!is_claiming_) look();
-            }
-            if (rows_left_ == 0) {
-                if (has_own) take_own(item);
-                return has_own;
-            }
-        }
-        take_forwarded(item);
+        const bool has_own = next_own_ < num_own_items_;
+        find_chunk(rows_left_ > 0 || has_own);
+        if (rows_left_ == 0 && finding_ == Finding::kOpen) begin_chunk();
+        if (rows_left_ > 0)
+            take_forwarded(item);
+        else if (has_own)
+            take_own(item);
+        else
+            return false;
         return true;
     }
+    // Own rows alone: whether some may be left behind the last one that was taken.
+    __device__ bool may_leave_rows() const { return next_own_ == kNone; }
     __device__ bool is_over() const { return rows_left_ == 0 && num_not_over_ <= 0 && next_own_ >= num_own_items_; }
     // Takes nothing any more, and drops what it has claimed.
     __device__ void abandon() {
         rows_left_ = num_not_over_ = 0;
         next_own_ = kNone;
-        is_claiming_ = false;
+        finding_ = Finding::kLooking;
     }
     __device__ bool has_ended_badly(uint64_t& start_ns) const {
         return is_hopeless(context_, Phase::kWindow, waiting(), start_ns);
@@ -98,8 +96,8 @@ public:
 
 private:
     static constexpr uint32_t kNone = 0xFFFFFFFF;
-    static constexpr int kRelieved = -1000;
-    static constexpr int kOwnRowsPerLook = 2;
+    static constexpr int kRowsPerLook = 2;
+    enum class Finding : int { kLooking, kClaiming, kOpen };
 
     // Of this lane's contexts, one whose chunk has not come.
     __device__ Waiting waiting() const {
@@ -115,15 +113,25 @@ private:
     __device__ bool has_teams() const { return args_.num_team_senders > 0; }
 
     // A chunk is found in three steps, each one row behind the one before, so that the ways to the L2 cache and back cost nothing: look at entries and words,
-    // choose a chunk and claim it, open it.
-    //
+    // choose a chunk and claim it, open it. They go on while rows of the chunk before are taken. `has_rows`: there is something else to take.
+    __device__ void find_chunk(bool has_rows) {
+        if (finding_ == Finding::kOpen) return;
+        if (finding_ == Finding::kClaiming)
+            open_chunk();
+        else if (!has_rows || ++num_unlooked_ >= kRowsPerLook)
+            choose_chunk();
+        else
+            return;
+        if (finding_ == Finding::kLooking) look();
+    }
+
     // Asks for the entries and the words of up to 32 contexts. Both at once: a word stays as it is until its chunk has been credited, so one that was read
     // before its entry is at worst not there yet.
     __device__ void look() {
         num_unlooked_ = 0;
         if (num_not_over_ <= 0) return;
         if (contexts_.places.role == BlockRole::kSender && is_relieved()) {
-            num_not_over_ = kRelieved;
+            num_not_over_ = claims_left_ = 0;
             return;
         }
         const int count = contexts_.count();
@@ -157,36 +165,45 @@ private:
         const int source = choose_lane(mask, threadIdx.x / 32);
         index_ = looked_from_ + source;
         chunk_ = __shfl_sync(~0u, chunk, source);
-        is_claiming_ = true;
+        finding_ = Finding::kClaiming;
         // The next chunk of the context comes only after this one's credit, so it may be named at once.
         const uint64_t next = chunk_word(context_.epoch, chunk_ + args_.geometry.num_slots);
         if (lane_ == source) before_ = atomicCAS(args_.domain.next_chunks + contexts_.entry_of(index_), entry_, next);
     }
 
     __device__ void open_chunk() {
-        is_claiming_ = false;
+        finding_ = Finding::kLooking;
         const int source = index_ - looked_from_;
         const bool is_mine = lane_ == source && before_ == entry_;
         if (is_mine) static_cast<void>(ptx::load_acquire_sys(word_of(index_)));  // what the look has seen; it stays until this chunk is credited
         if (!__shfl_sync(~0u, is_mine, source)) return;
-        const int node = contexts_.node_of(index_);
-        const StreamShape& stream = received_[node];
-        const int first = chunk_ * stream.num_chunk_rows;
-        rows_left_ = static_cast<int>(min_of(stream.num_chunk_rows, stream.num_rows - first));
-        part_ = 0;
-        src_rank_ = args_.peer_of(node);
-        forward_row_ = stream.first_row + first;
-        message_ = args_.slot_in(args_.receive_rings, args_.node, node, contexts_.slot_of(index_));
+        finding_ = Finding::kOpen;
 #if DEEPEP_HAS_BULK
         if (lane_ == 0) ptx::fence_async_global();  // FULL, acquired above and joined by the shuffles' warp barriers, permits bulk loads
 #endif
         __syncwarp();
     }
 
+    __device__ void begin_chunk() {
+        const int node = contexts_.node_of(index_);
+        const StreamShape& stream = received_[node];
+        const int first = chunk_ * stream.num_chunk_rows;
+        rows_left_ = static_cast<int>(min_of(stream.num_chunk_rows, stream.num_rows - first));
+        part_ = 0;
+        credited_ = index_;
+        credited_chunk_ = chunk_;
+        src_rank_ = args_.peer_of(node);
+        forward_row_ = stream.first_row + first;
+        message_ = args_.slot_in(args_.receive_rings, args_.node, node, contexts_.slot_of(index_));
+        finding_ = Finding::kLooking;
+        look();
+        num_unlooked_ = kRowsPerLook - 1;
+    }
+
     __device__ void take_forwarded(Item& item) {
         const bool is_last_part = part_ + 1 == args_.parts.num_parts;
         item = {message_ + args_.parts.begin(part_), message_ + args_.message.side_offset(), 0, forward_row_, src_rank_, part_,
-                is_last_part && rows_left_ == 1 ? index_ : -1, chunk_};
+                is_last_part && rows_left_ == 1 ? credited_ : -1, credited_chunk_};
         ++part_;
         if (!is_last_part) return;
         part_ = 0;
@@ -202,6 +219,11 @@ private:
         if (next_own_ < num_own_items_) listed_ = args_.tokens_to_node[args_.node * args_.num_tokens + row];
     }
     __device__ void claim() {
+        if (claims_left_ == 0) {
+            claimed_ = kNone;
+            return;
+        }
+        --claims_left_;
         if (lane_ == 0) claimed_ = ptx::add_relaxed_gpu(&args_.domain.state->own_rows, 1);
     }
     __device__ void take_own(Item& item) {
@@ -217,10 +239,7 @@ private:
         const uint32_t claimed = __shfl_sync(~0u, claimed_, 0);
         next_own_ = claimed == kNone ? kNone : claimed + (has_teams() ? 0 : args_.num_places * args_.num_deliver_warps);
         ask_for_token();
-        if (num_not_over_ == kRelieved)
-            claimed_ = kNone;
-        else
-            claim();
+        claim();
     }
 
     const DispatchArgs& args_;
@@ -232,20 +251,24 @@ private:
     uint32_t next_own_ = kNone;
     int32_t listed_ = -1;  // the token of next_own_
     uint32_t claimed_ = kNone;
-    // Of the contexts, as many as may not be over: all but those that the last looks in a row found over. Zero or less: none. kRelieved: of no concern.
+    int claims_left_ = 0x7FFFFFFF;
+    // Of the contexts, as many as may not be over: all but those that the last looks in a row found over. Zero or less: none, or of no concern.
     int num_not_over_ = 0;
     // what this lane has asked for last: of the context looked_from_ + lane
     int num_unlooked_ = 0;  // own rows taken since
     int looked_from_ = 0;
     unsigned long long entry_ = 0;
     uint64_t seen_ = 0;
-    // the chunk that is being claimed, or taken
-    bool is_claiming_ = false;
+    // the chunk that is looked for next
+    Finding finding_ = Finding::kLooking;
     unsigned long long before_ = 0;  // in the lane that claims: what the entry was
+    int index_ = 0;                  // its context
+    int chunk_ = 0;
+    // the chunk whose rows are being taken
     int rows_left_ = 0;
     int part_ = 0;
-    int index_ = 0;  // its context
-    int chunk_ = 0;
+    int credited_ = 0;  // its context
+    int credited_chunk_ = 0;
     int src_rank_ = 0;
     int forward_row_ = 0;
     const uint8_t* message_ = nullptr;
@@ -309,6 +332,7 @@ __device__ inline void deliver_side(const DispatchArgs& args, const nvlink::Hand
 
 // By one thread, once the chunk's loads have landed and the warp knows: hands the credit to the warp that gives credits back.
 __device__ inline void ask_for_credit(const Delivery& delivery, int index, int32_t chunk) {
+    DEEPEP_TRACE(begin_span(index));
     __threadfence_block();  // joins the loads to that warp's fence
     poke(delivery.credits + index, chunk + 1);
 }
@@ -332,6 +356,7 @@ __device__ inline void return_credits(const DispatchArgs& args, const WaitContex
             ptx::fence_acq_rel_sys();  // the loads of the chunks stay before the words that let the senders overwrite them
             if (is_due) {
                 returned[index] = due;
+                DEEPEP_TRACE(end_span(index, kCreditHeld));
                 network::set_word(args.credit_words + args.node * kMaxSlots + contexts.slot_of(index), chunk_word(context.epoch, due - 1),
                                   args.peer_of(contexts.node_of(index)));
             }

@@ -272,12 +272,13 @@ cudaError_t read_put_counts(PutCounts& counts);  // of the current device; waits
 #if DEEPEP_NVSHMEM_TRACE
 // Clocks of a block's SM since it began: when the first and when the last of its warps came to a point, in the order of the enums below; and how many
 // rows or chunks its warps moved.
-constexpr int kMaxTracedBlocks = 256, kNumTracePoints = 6, kNumMovedKinds = 2, kNumSpanKinds = 5;
+constexpr int kMaxTracedBlocks = 256, kNumTracePoints = 6, kNumMovedKinds = 2, kNumSpanKinds = 7;
 enum DispatchPoint : int { kHandshakeOver, kChunkSent, kSendingOver, kRowDelivered, kDeliveringOver, kCreditsOver };
 enum CombinePoint : int { kCombineHandshakeOver, kAnswerSent, kForwardingOver, kBlockCollected, kCollectingOver, kRequestsOver };
 enum MovedKind : int { kMovedBySenders, kMovedByReceivers };
 // What the warps that move rows through stages spend their time on: finding work, asking for its bytes, waiting for them, passing them on; nothing.
-enum SpanKind : int { kFinding, kLoading, kAwaiting, kPassing, kIdling };
+// And of dispatch's chunks: from a chunk's put until its credit is seen, and from the last load of a chunk until its credit goes back.
+enum SpanKind : int { kFinding, kLoading, kAwaiting, kPassing, kIdling, kUncredited, kCreditHeld };
 struct BlockTrace {
     uint32_t firsts[kNumTracePoints];  // 0xFFFFFFFF: no warp came there
     uint32_t lasts[kNumTracePoints];

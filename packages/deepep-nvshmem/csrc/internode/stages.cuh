@@ -39,6 +39,13 @@ struct StageRing {
     int take_stage = 0;
     uint32_t parity = 0;
 
+    // Where an empty ring has come to, as a number.
+    __device__ uint32_t place() const { return static_cast<uint32_t>(take_stage) << 1 | parity; }
+    __device__ void go_to(uint32_t place) {
+        load_stage = take_stage = static_cast<int>(place >> 1);
+        parity = place & 1;
+    }
+
     // Once, by the whole warp.
     __device__ void prepare() {
         if (threadIdx.x % 32 == 0) {

@@ -31,6 +31,15 @@ struct SpanClock {
         last = now;
     }
 };
+// Time that passes between two threads of a block: something of a context begins with one and ends with the other.
+constexpr int kMaxTracedContexts = 256;
+__shared__ uint32_t begun_clocks[kMaxTracedContexts];
+__device__ __forceinline__ void begin_span(int context) {
+    if (context < kMaxTracedContexts) begun_clocks[context] = ptx::clock_ordered();
+}
+__device__ __forceinline__ void end_span(int context, int kind) {
+    if (context < kMaxTracedContexts) atomicAdd(&trace.spans[kind], ptx::clock_ordered() - begun_clocks[context]);
+}
 // By the thread that began it, behind a barrier that all others came to after their last point.
 __device__ __forceinline__ void end_trace(int number) {
     trace.ended = ptx::clock_ordered() - trace.begun;

@@ -31,7 +31,7 @@ POINTS = {
     "combine": ("handshake over", "answer sent", "forwarding over", "block summed", "summing over", "requests over"),
 }
 MOVED = {"dispatch": ("chunks sent", "rows delivered"), "combine": ("answers sent", "blocks summed")}
-SPANS = ("finding", "loading", "awaiting", "passing on", "idle")
+SPANS = ("finding", "loading", "awaiting", "passing on", "idle", "chunks without credit", "credits held back")
 NEVER = 0xFFFFFFFF
 
 
@@ -178,7 +178,7 @@ def trace_lines(kernel: str, blocks: list[tuple[Any, ...]], megahertz: float) ->
         spent = [statistics.mean(b[7][kind] for b in group) / megahertz for kind in range(len(SPANS))]
         if any(spent):
             parts = ", ".join(f"{name} {us:.0f}" for name, us in zip(SPANS, spent, strict=True))
-            lines.append(f"  us of all warps of a block that move rows through stages: {parts}")
+            lines.append(f"  us of all warps of a block that move rows through stages, and of chunks: {parts}")
     return lines
 
 
