@@ -51,7 +51,7 @@ def test_one_row_between_two_ranks_takes_the_sum_of_its_steps() -> None:
     ("operation", "num_nodes", "ranks_per_node", "is_virtual", "num_sms", "recorded_us"),
     [
         ("dispatch", 2, 2, True, 24, 69.6),
-        ("combine", 2, 2, True, 24, 157.0),
+        ("combine", 2, 2, True, 24, 160.3),
         ("dispatch", 4, 1, True, 24, 93.1),
         ("combine", 4, 1, True, 24, 298.0),
         ("dispatch", 2, 8, False, 12, 201.7),
@@ -247,7 +247,8 @@ def test_rings_are_cut_as_the_kernels_cut_them(tmp_path: Path) -> None:
     if compiler is None or not header.is_file():
         pytest.skip(f"needs g++ (found: {compiler}) and {header.relative_to(ROOT)} (there: {header.is_file()})")
     cases = [
-        (ring, message, chunk)
+        (ring, message, chunk, most_slots)
+        for most_slots in (384, 768)
         for ring in (1 << 15, 1 << 20, 8 << 20, 100_000_000)
         for message in (128, 7424, 7552, 14464)
         for chunk in (1 << 12, 1 << 15, 1 << 20)
@@ -255,8 +256,9 @@ def test_rings_are_cut_as_the_kernels_cut_them(tmp_path: Path) -> None:
     source = tmp_path / "geometry.cpp"
     source.write_text(
         '#include "internode/window.hpp"\n#include <cstdio>\nusing namespace deepep::internode;\nint main() {\n'
-        'long long ring, message, chunk;\nwhile (std::scanf("%lld %lld %lld", &ring, &message, &chunk) == 3) {\n'
-        "auto g = ChunkGeometry::of(ring, message, chunk);\n"
+        "long long ring, message, chunk;\nint slots;\n"
+        'while (std::scanf("%lld %lld %lld %d", &ring, &message, &chunk, &slots) == 4) {\n'
+        "auto g = ChunkGeometry::of(ring, message, chunk, slots);\n"
         'std::printf("%d %d %d %d\\n", g.num_slot_rows, g.num_slots, g.chunk_rows(1), g.chunk_rows(1000));\n}\n'
         "DispatchMessage fresh{7168, 56, 8, 8, false}, cached{7168, 56, 8, 8, true}; CombineMessage back{14336, 8};\n"
         'std::printf("%lld %lld %lld\\n", (long long)fresh.num_bytes(), (long long)cached.num_bytes(), '
@@ -270,7 +272,7 @@ def test_rings_are_cut_as_the_kernels_cut_them(tmp_path: Path) -> None:
         str(ROOT / "packages/deepep-core/src/deep_ep/include"),
     )
     subprocess.run([compiler, "-std=c++17", *folders, str(source), "-o", str(program)], check=True)
-    text = "".join(f"{ring} {message} {chunk}\n" for ring, message, chunk in cases)
+    text = "".join(" ".join(map(str, case)) + "\n" for case in cases)
     printed = subprocess.run([str(program)], input=text, capture_output=True, text=True, check=True).stdout.splitlines()
     for case, line in zip(cases, printed, strict=False):
         ring = Ring.of(*case)

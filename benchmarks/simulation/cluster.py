@@ -139,7 +139,8 @@ class Cluster(ABC):
         self.row_bytes = self.shape.row_bytes(scenario.operation)
         self.message_bytes = self.shape.message_bytes(scenario.operation)
         self.least_bytes = self.row_bytes + self.shape.routing_bytes(scenario.operation)
-        self.ring = Ring.of(self.kernel.ring_bytes, self.message_bytes, self.kernel.chunk_bytes)
+        most_slots = Ring.most_slots(scenario.operation, self.shape.num_nodes)
+        self.ring = Ring.of(self.kernel.ring_bytes, self.message_bytes, self.kernel.chunk_bytes, most_slots)
         self.num_slots = self.ring.num_slots
         self.rows_landed = 0
         # SM microseconds and warp microseconds per byte.

@@ -28,7 +28,8 @@ def round_trips(context: RankContext) -> list[bool]:
             topk_weights=torch.ones((num_tokens, 2), device=context.device),
         )
         combined, _, _ = buffer.combine(received, handle)
-        # The stand-in moves bytes by CUDA calls of this process, which could wait behind the first use of a kernel of torch, which waits for combine.
+        # The stand-in moves bytes by CUDA calls of this process. They could wait behind torch's first use of a kernel,
+        # which waits for combine.
         torch.cuda.synchronize()
         # One copy of each row comes back from every rank that had it: once or twice the row, which bf16 holds exactly.
         are_right.append(bool(torch.equal(combined, x * in_rank.sum(1, keepdim=True))))

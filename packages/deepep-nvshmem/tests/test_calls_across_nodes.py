@@ -118,7 +118,7 @@ def test_different_windows_are_an_error_that_lists_them(machine: Any, monkeypatc
     channel = machine.channel
     others = internode._RING.pack(1 << 20)
     monkeypatch.setattr(type(channel), "all_gather", lambda self, record, **_how: [record, others, others, others])
-    with pytest.raises(PeersDisagreeError, match=r"DEEPEP_NVSHMEM_WINDOW_MB \(rank 0: 24, rank 1: 2,"):
+    with pytest.raises(PeersDisagreeError, match=r"DEEPEP_NVSHMEM_WINDOW_MB \(rank 0: 32, rank 1: 2,"):
         NvshmemNormal(facts_of(machine), BufferOptions())
 
 
@@ -287,8 +287,8 @@ def test_rows_that_no_window_holds_are_refused_with_the_size_that_would(
     part: NvshmemNormal, machine: Any, nvshmem: Any
 ) -> None:
     handle = dispatch(part, machine)
-    nvshmem.least_ring_bytes = 13 << 20
-    with pytest.raises(ArgumentError, match=r"need a window of 26 MiB .* 24 are there. Raise DEEPEP_NVSHMEM_WINDOW_MB"):
+    nvshmem.least_ring_bytes = 17 << 20
+    with pytest.raises(ArgumentError, match=r"need a window of 34 MiB .* 32 are there. Raise DEEPEP_NVSHMEM_WINDOW_MB"):
         dispatch(part, machine)
     assert machine.log[-1] == "refuse"
     with pytest.raises(ArgumentError, match=r"combine: rows .* DEEPEP_NVSHMEM_WINDOW_MB"):

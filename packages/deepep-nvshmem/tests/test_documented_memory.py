@@ -71,7 +71,7 @@ def test_the_page_tells_what_is_reserved(laid_out: dict[tuple[int, int], int], c
     assert _documented(*case) == laid_out[case]
 
 
-@pytest.mark.parametrize(("num_nodes", "window_mb"), [(2, 24), (9, 24), (17, 12), (33, 6), (64, 6)])
+@pytest.mark.parametrize(("num_nodes", "window_mb"), [(2, 32), (3, 24), (9, 24), (17, 12), (33, 6), (64, 6)])
 def test_windows_shrink_beyond_nine_nodes(num_nodes: int, window_mb: int) -> None:
     assert internode.default_window_mb(num_nodes) == window_mb
 
@@ -79,9 +79,10 @@ def test_windows_shrink_beyond_nine_nodes(num_nodes: int, window_mb: int) -> Non
 def test_the_pages_name_the_default_window() -> None:
     settings = (ROOT / "docs" / "configuration.md").read_text()
     row = next(line for line in settings.splitlines() if line.startswith("| `DEEPEP_NVSHMEM_WINDOW_MB`"))
-    most, least = internode.default_window_mb(2), internode.default_window_mb(1000)
-    assert f"`DEEPEP_NVSHMEM_WINDOW_MB` ({most} MiB; beyond nine nodes" in PAGE and f"at least {least} MiB" in PAGE
-    assert row.endswith(f"| {most}, less beyond nine nodes |")
+    only, most, least = map(internode.default_window_mb, (2, 3, 1000))
+    told = f"`DEEPEP_NVSHMEM_WINDOW_MB` ({most} MiB; {only} for two nodes; beyond nine nodes"
+    assert told in PAGE and f"at least {least} MiB" in PAGE
+    assert row.endswith(f"| {most}, {only} for two nodes, less beyond nine |")
 
 
 def test_the_examples_of_the_page_are_right(laid_out: dict[tuple[int, int], int]) -> None:

@@ -298,7 +298,7 @@ def _sm_seconds(operation: Operation, shape: Shape, machine: Machine) -> float:
 # --- what suffices --------------------------------------------------------------------------------------------------
 
 CHUNK_BYTES = 32768  # of rows that travel together: long enough for a NIC and for a warp's put
-_MOST_SLOTS, _MOST_CHUNK_ROWS, _FEW_SLOTS = 384, 32, 16
+_USUAL_SLOTS, _MOST_SLOTS, _MOST_CHUNK_ROWS, _FEW_SLOTS = 384, 768, 32, 16
 _LEAST_SMS = 8
 
 
@@ -313,14 +313,21 @@ class Ring:
     slot_rows: int
     num_slots: int
 
+    @staticmethod
+    def most_slots(operation: Operation, num_nodes: int) -> int:
+        """More of them help combine between two nodes only."""
+        return _MOST_SLOTS if operation == "combine" and num_nodes == 2 else _USUAL_SLOTS
+
     @classmethod
-    def of(cls, num_bytes: int, message_bytes: int, chunk_bytes: int = CHUNK_BYTES) -> Ring:
+    def of(
+        cls, num_bytes: int, message_bytes: int, chunk_bytes: int = CHUNK_BYTES, most_slots: int = _USUAL_SLOTS
+    ) -> Ring:
         """Raises ArgumentError if fewer than two messages fit."""
         num_messages = num_bytes // message_bytes
         if num_messages < 2:
             raise ArgumentError(f"a ring of {num_bytes} bytes does not hold two messages of {message_bytes} bytes.")
         slot_rows = max(1, min(chunk_bytes // message_bytes, num_messages // _FEW_SLOTS, _MOST_CHUNK_ROWS))
-        return cls(num_bytes=num_bytes, slot_rows=slot_rows, num_slots=min(_MOST_SLOTS, num_messages // slot_rows))
+        return cls(num_bytes=num_bytes, slot_rows=slot_rows, num_slots=min(most_slots, num_messages // slot_rows))
 
     def chunk_rows(self, num_rows: int) -> int:
         """Rows of a chunk in a stream of ``num_rows``: few rows are spread over all slots."""
@@ -359,8 +366,9 @@ def enough_ring(operation: Operation, shape: Shape, machine: Machine, *, num_sms
     links_s = max(estimate(operation, shape, machine).resource_s.values())
     begun = shape.num_tokens * (share if operation == "dispatch" else 1) / slot_rows
     wanted = max(_FEW_SLOTS, slack * round_s * begun / links_s if links_s else 0)
-    num_slots = min(_MOST_SLOTS, math.ceil(wanted / num_sms) * num_sms)
-    return Ring.of(num_slots * slot_rows * message, message)
+    most_slots = Ring.most_slots(operation, shape.num_nodes)
+    num_slots = min(most_slots, math.ceil(wanted / num_sms) * num_sms)
+    return Ring.of(num_slots * slot_rows * message, message, most_slots=most_slots)
 
 
 @lru_cache(maxsize=64)  # clients ask before every call

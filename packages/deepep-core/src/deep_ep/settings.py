@@ -146,7 +146,7 @@ VARIABLES: tuple[Variable, ...] = (
         name="DEEPEP_NVSHMEM_WINDOW_MB",
         accepts="a positive number of MiB",
         meaning="backend nvshmem: memory for rows on their way to and from each other node, per buffer; the same on "
-        "every rank (24, less beyond nine nodes)",
+        "every rank (24, 32 for two nodes, less beyond nine)",
         parse=_positive_float,
     ),
     Variable(

@@ -31,7 +31,6 @@ __device__ __forceinline__ int receive_thread() { return static_cast<int>(thread
 __device__ __forceinline__ int receive_warp() { return static_cast<int>(threadIdx.x) / 32 - kSendWarps; }
 
 __device__ __forceinline__ void send_barrier() { ptx::named_barrier(kSenders, kNumSendThreads); }
-__device__ __forceinline__ bool send_barrier_or(bool value) { return ptx::named_barrier_or(kSenders, kNumSendThreads, value); }
 __device__ __forceinline__ void worker_barrier() { ptx::named_barrier(kWorkers, kNumWorkers); }
 __device__ __forceinline__ void receive_barrier() { ptx::named_barrier(kReceivers, kNumReceiveThreads); }
 __device__ __forceinline__ bool receive_barrier_or(bool value) { return ptx::named_barrier_or(kReceivers, kNumReceiveThreads, value); }

@@ -37,11 +37,10 @@ struct Shared {
     int num_contexts;
 };
 
-// Dynamic shared memory: the deliver warps' stages (or side parts), what they hold, the streams, the contexts' credits and chunks.
+// Dynamic shared memory: the deliver warps' stages (or side parts), what they hold, the streams, the contexts' chunks.
 struct DynamicShared {
     uint8_t* stages;
-    uint64_t* barriers;  // of the stages, and of the looks at credits
-    uint64_t* seen_credits;
+    uint64_t* barriers;
     StagedItem* items;
     StreamShape* sent;
     StreamShape* received;
@@ -55,8 +54,7 @@ struct DynamicShared {
         const int num_stages = args.num_deliver_warps * args.num_stages, num_nodes = args.domain.group.num_nodes();
         stages = memory;
         barriers = reinterpret_cast<uint64_t*>(stages + static_cast<int64_t>(num_stages) * args.num_stage_bytes);
-        seen_credits = barriers + align_up(num_stages + 1, 2);
-        sent = reinterpret_cast<StreamShape*>(seen_credits + 2 * args.num_block_contexts);
+        sent = reinterpret_cast<StreamShape*>(barriers + align_up(num_stages, 2));
         received = sent + num_nodes;
         items = reinterpret_cast<StagedItem*>(received + num_nodes);
         places = reinterpret_cast<ContextPlace*>(items + num_stages);
@@ -217,7 +215,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) dispatch_rows_kernel(const __g
         if (is_direct)
             DirectSendWarp(context, contexts, claims, ring).run(help);
         else if (relief != nullptr && !is_sender)
-            CreditWatch(context, contexts, dynamic.next_sent, dynamic.credited, dynamic.seen_credits, dynamic.barriers + args.num_deliver_warps * args.num_stages).run();
+            watch_credits(context, contexts, dynamic.next_sent, dynamic.credited);
         else
 #endif
             SendWarp(args, context, claims, relief).run();

@@ -5,7 +5,6 @@
 //   CREDIT {epoch, chunk + 1}  forwarder -> sender: both slots of that chunk are free. Acquired before the first store of the next chunk.
 // A warp takes whatever chunk of its block can go and never waits for one slot while another can go on. It ends when all chunks have been credited, so that
 // the next operation finds every slot free, and the network has read every slot.
-#include "deepep/ptx/bulk.cuh"
 #include "internode/dispatch_side.cuh"
 #include "internode/dispatch_streams.cuh"
 #include "internode/network.cuh"
@@ -27,7 +26,7 @@ class SendClaims {
 public:
     enum class Found { kChunk, kMoved, kNothing, kOver };
 
-    // `credited`: of each context, chunk + 1 that the block's credit warp has seen credited (CreditWatch); null: the words are looked at.
+    // `credited`: of each context, chunk + 1 that the block's credit warp has seen credited (watch_credits); null: the words are looked at.
     __device__ SendClaims(const WaitContext& context, const BlockContexts& contexts, const StreamShape* streams, int32_t* next_chunks, const int32_t* credited)
         : args_(contexts.args), context_(context), contexts_(contexts), streams_(streams), next_chunks_(next_chunks), credited_(credited), lane_(threadIdx.x % 32) {}
 
@@ -142,82 +141,40 @@ private:
     uint64_t start_ns_ = 0;
 };
 
-#if DEEPEP_HAS_BULK
-// A sender's credit warp, until all its contexts are over: looks at the words of credits, so that the warps that send need not. Loads of this SM's warps from
-// device memory wait behind the block's stores to the peer; bulk loads do not. So it looks by bulk loads, and acquires only what they have found.
-class CreditWatch {
-public:
-    // `credited`: zero at the start. `seen`: 16 bytes for each context. `barrier`: an mbarrier that nobody has used.
-    __device__ CreditWatch(const WaitContext& context, const BlockContexts& contexts, const int32_t* next_chunks, int32_t* credited, uint64_t* seen, uint64_t* barrier)
-        : args_(contexts.args), context_(context), contexts_(contexts), next_chunks_(next_chunks), credited_(credited), seen_(seen), barrier_(barrier), lane_(threadIdx.x % 32) {}
-
-    __device__ void run() {
-        const int count = contexts_.count();
-        if (lane_ == 0) {
-            ptx::mbarrier_init(barrier_, 1);
-            ptx::fence_mbarrier_init();
-        }
-        __syncwarp();
-        SendPatience patience;
-        while (true) {
-            bool is_over = true, has_moved = false;
-            Waiting waiting;
-            for (int base = 0; base < count; base += 32) {
-                const int index = base + lane_;
-                const int chunk = index < count ? peek(next_chunks_ + index) : kOver;
-                is_over = is_over && !__any_sync(~0u, chunk != kOver);
-                has_moved = look(index, chunk, waiting) || has_moved;
+// By a sender's credit warp, until all its contexts are over: looks at the words of credits, so that the warps that send need not. Their own loads from device
+// memory would wait behind the block's stores. `credited`: zero at the start.
+__device__ inline void watch_credits(const WaitContext& context, const BlockContexts& contexts, const int32_t* next_chunks, int32_t* credited) {
+    const DispatchArgs& args = contexts.args;
+    const int lane = threadIdx.x % 32, count = contexts.count();
+    SendPatience patience;
+    while (true) {
+        bool is_over = true, has_moved = false;
+        Waiting waiting;
+        for (int base = 0; base < count; base += 32) {
+            const int index = base + lane;
+            const int chunk = index < count ? peek(next_chunks + index) : kOver, before = chunk - args.geometry.num_slots;
+            is_over = is_over && !__any_sync(~0u, chunk != kOver);
+            bool is_new = false;
+            if (chunk >= 0 && before >= 0 && credited[index] != before + 1) {
+                const uint64_t* word = contexts.credit_word(index);
+                const uint64_t expected = chunk_word(context.epoch, before), seen = ptx::load_relaxed_sys(word);
+                is_new = seen == expected;
+                if (is_new) {
+                    static_cast<void>(ptx::load_acquire_sys(word));
+                    DEEPEP_TRACE(end_span(index, kUncredited));
+                    __threadfence_block();
+                    poke(credited + index, before + 1);
+                } else {
+                    waiting = {args.peer_of(contexts.node_of(index)), seen, expected};
+                }
             }
-            if (is_over) return;
-            if (has_moved || !__any_sync(~0u, waiting.peer >= 0)) patience.renew();
-            if (!has_moved && patience.is_exhausted(context_, waiting)) return;
+            has_moved = __any_sync(~0u, is_new) || has_moved;
         }
+        if (is_over) return;
+        if (has_moved || !__any_sync(~0u, waiting.peer >= 0)) patience.renew();
+        if (!has_moved && patience.is_exhausted(context, waiting)) return;
     }
-
-private:
-    // At the credits that this lane's context, and those of the others, wait for. Whether one has come.
-    __device__ bool look(int index, int chunk, Waiting& waiting) {
-        const int before = chunk - args_.geometry.num_slots;
-        const bool waits = chunk >= 0 && before >= 0 && credited_[index] != before + 1;
-        const uint32_t mask = __ballot_sync(~0u, waits);
-        if (mask == 0) return false;
-        uint64_t* word = nullptr;
-        if (lane_ == 0) ptx::mbarrier_arrive_expect(barrier_, __popc(mask) * 16);
-        __syncwarp();
-        if (waits) {
-            word = contexts_.credit_word(index);
-            ptx::bulk_load(seen_ + 2 * index, reinterpret_cast<const uint64_t*>(reinterpret_cast<uintptr_t>(word) & ~uintptr_t{15}), 16, barrier_);
-        }
-        ptx::mbarrier_wait(barrier_, parity_);
-        parity_ ^= 1;
-        bool is_new = false;
-        if (waits) {
-            const uint64_t expected = chunk_word(context_.epoch, before);
-            const uint64_t seen = peek(seen_ + 2 * index + (reinterpret_cast<uintptr_t>(word) >> 3 & 1));
-            is_new = seen == expected && ptx::load_acquire_sys(word) == expected;
-            if (is_new) {
-                DEEPEP_TRACE(end_span(index, kUncredited));
-                __threadfence_block();
-                poke(credited_ + index, before + 1);
-            } else {
-                waiting = {args_.peer_of(contexts_.node_of(index)), seen, expected};
-            }
-        }
-        ptx::fence_async_shared();  // what was read comes before the next bulk load into its place
-        return __any_sync(~0u, is_new);
-    }
-
-    const DispatchArgs& args_;
-    const WaitContext& context_;
-    const BlockContexts& contexts_;
-    const int32_t* next_chunks_;
-    int32_t* credited_;
-    uint64_t* seen_;
-    uint64_t* barrier_;
-    const int lane_;
-    uint32_t parity_ = 0;
-};
-#endif
+}
 
 class SendWarp {
 public:

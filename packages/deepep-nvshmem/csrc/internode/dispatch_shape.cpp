@@ -35,9 +35,8 @@ void shape_dispatch(DispatchArgs& args, const Tuning& tuning, bool has_bulk) {
     args.num_slot_bytes = args.geometry.slot_offset(1);
     args.num_places = BlockPlaces::num_places(tuning.num_sms, args.num_team_senders);
     args.num_block_contexts = (num_nodes - 1) * static_cast<int>(max_of(1, args.num_team_senders) * ceil_div(args.geometry.num_slots, args.num_places));
-    // Streams (two of 16 bytes for each node); of the contexts the next chunk to send, credits received, asked for and given back, where they are (8), and
-    // what was seen of credits (16).
-    const int num_table_bytes = num_nodes * 32 + args.num_block_contexts * 40;
+    // Streams (two of 16 bytes for each node); of the contexts the next chunk to send, credits received, asked for and given back, and where they are (8).
+    const int num_table_bytes = num_nodes * 32 + args.num_block_contexts * 24;
     constexpr int kItemBytes = 40;  // of a stage: its barrier and what it holds
     const int num_budget = kSharedBudget - num_table_bytes;
     args.side = SideLayout::of(message);
@@ -75,7 +74,7 @@ void shape_dispatch(DispatchArgs& args, const Tuning& tuning, bool has_bulk) {
     for (int node = 0; node < num_nodes; ++node) has_stores = has_stores && (node == args.node || args.domain.has_stores_to(node));
     args.sends_directly = is_divided && has_stores && tuning.may_send_directly && args.use_bulk && args.parts.num_parts == 1;
     const int num_stages = args.num_deliver_warps * args.num_stages;
-    args.num_dynamic_bytes = num_stages * (args.num_stage_bytes + kItemBytes) + 32 + num_table_bytes;
+    args.num_dynamic_bytes = num_stages * (args.num_stage_bytes + kItemBytes) + 16 + num_table_bytes;
     if (!args.use_bulk && args.num_dynamic_bytes > kMaxPlainSharedBytes)
         throw ArgumentError("dispatch: " + std::to_string(num_nodes) + " nodes on " + std::to_string(tuning.num_sms) + " SMs need " +
                             std::to_string(args.num_dynamic_bytes) + " bytes of shared memory; there are " + std::to_string(kMaxPlainSharedBytes) + ". Use more SMs.");

@@ -10,7 +10,8 @@
 namespace deepep::internode {
 
 constexpr int kMaxNodeRanks = kMaxRanks;       // ranks of one node
-constexpr int kMaxSlots = 384;                 // slots of one ring; a multiple of the usual SM counts
+constexpr int kMaxSlots = 768;                 // slots of one ring, for each of which words are kept
+constexpr int kUsualSlots = 384;               // a multiple of the usual SM counts
 constexpr int kMaxChunkRows = 32;              // rows of one chunk: a lane for each
 constexpr int64_t kMaxTokens = 1 << 28;        // of one rank
 constexpr int64_t kMaxForwardRows = 1 << 29;   // that one rank forwards
@@ -84,12 +85,15 @@ struct ChunkGeometry {
     int32_t num_slot_rows;  // messages that fit in a slot
     int32_t num_slots;      // below 2: the ring is too small
 
-    DEEPEP_HOST_DEVICE static ChunkGeometry of(int64_t num_ring_bytes, int64_t num_message_bytes, int64_t num_chunk_bytes) {
+    // More slots help combine between two nodes; dispatch they do not help, and among more nodes every block has many anyway.
+    DEEPEP_HOST_DEVICE static int most_slots(bool is_combine, int num_nodes) { return is_combine && num_nodes == 2 ? kMaxSlots : kUsualSlots; }
+
+    DEEPEP_HOST_DEVICE static ChunkGeometry of(int64_t num_ring_bytes, int64_t num_message_bytes, int64_t num_chunk_bytes, int most_slots) {
         constexpr int64_t kFewSlots = 16;  // larger chunks are not worth fewer slots than that
         const int64_t num_messages = num_ring_bytes / num_message_bytes;
         const int64_t wanted = min_of(min_of(num_chunk_bytes / num_message_bytes, num_messages / kFewSlots), kMaxChunkRows);
         const int64_t num_rows = max_of(1, wanted);
-        return {num_message_bytes, static_cast<int32_t>(num_rows), static_cast<int32_t>(min_of(kMaxSlots, num_messages / num_rows))};
+        return {num_message_bytes, static_cast<int32_t>(num_rows), static_cast<int32_t>(min_of(most_slots, num_messages / num_rows))};
     }
 
     DEEPEP_HOST_DEVICE bool is_usable() const { return num_slots >= 2; }

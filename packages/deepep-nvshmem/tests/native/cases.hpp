@@ -67,7 +67,8 @@ struct Case {
         uint32_t epochs[2] = {kStarts[random.below(4)], kStarts[random.below(4)]};
         for (int index = 0; index < num_operations; ++index) {
             const bool is_combine = random.below(2) != 0;
-            const ChunkGeometry geometry = ChunkGeometry::of(window.num_ring_bytes, is_combine ? answered.num_bytes() : sent.num_bytes(), num_chunk_bytes);
+            const ChunkGeometry geometry = ChunkGeometry::of(window.num_ring_bytes, is_combine ? answered.num_bytes() : sent.num_bytes(), num_chunk_bytes,
+                                                             ChunkGeometry::most_slots(is_combine, num_ranks));
             CHECK(geometry.is_usable(), "two rows fit");
             const std::vector<int> num_tokens = draw_num_tokens(random, max_tokens);
             std::vector<std::vector<std::vector<int32_t>>> tokens(num_ranks, std::vector<std::vector<int32_t>>(num_ranks));

@@ -54,8 +54,8 @@ MISTAKES = {
         "send_rings_offset()",
     ),
     "a ring has one slot too many": (
-        "min_of(kMaxSlots, num_messages / num_rows)",
-        "min_of(kMaxSlots, num_messages / num_rows + 1)",
+        "min_of(most_slots, num_messages / num_rows)",
+        "min_of(most_slots, num_messages / num_rows + 1)",
     ),
     "chunks are larger than slots": (
         "min_of(num_slot_rows, max_of(1, ceil_div(num_rows, num_slots)))",
