@@ -36,7 +36,7 @@ from .base import MAX_LOCAL_EXPERTS, KernelNormal, address_of, call_header, head
 from .outputs import Outputs, least_rows, size_class
 from .push_limit import measure_push_limit_of_host
 
-# All windows of a rank, where the number of nodes leaves each its share between two limits; and an only one: it has more slots.
+# All windows of a rank, where the number of nodes leaves each its share between two limits; an only one has more slots.
 _ALL_WINDOWS_MB, _MOST_WINDOW_MB, _LEAST_WINDOW_MB, _ONLY_WINDOW_MB = 192, 24, 6, 32
 _WIDTH = 8  # of send_nvl_head
 _ALIGNMENT, _LEAST_RING_BYTES = 128, 4096
@@ -501,7 +501,7 @@ def _kept_tokens(send_rdma_head: torch.Tensor) -> torch.Tensor | None:
 
 
 def default_window_mb(num_nodes: int) -> float:
-    """MiB of the window for each other node: 24; 32 for an only one; less beyond nine, where more streams share the NIC."""
+    """MiB of the window for each other node: 24; 32 for an only one; less beyond nine: more streams share the NIC."""
     if num_nodes == 2:
         return _ONLY_WINDOW_MB
     return max(_LEAST_WINDOW_MB, min(_MOST_WINDOW_MB, _ALL_WINDOWS_MB / max(num_nodes - 1, 1)))
