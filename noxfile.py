@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -26,6 +27,8 @@ PURE_PACKAGES = ("deepep-core", "deepep-reference")
 NATIVE_PACKAGES = ("deepep-nvshmem", "deepep-ibgda")
 PYTHON_VERSIONS = ("3.10", "3.11", "3.12", "3.13")
 TREE_TOOLS = ("build", "hatchling", "mpi4py", "mpich", "mypy", "nox", "pybind11", "ruff", "tomli")
+# Processes that run tests side by side; one may hold several gigabytes of emulated GPUs.
+MOST_WORKERS = 4
 # The oldest NVSHMEM that is accepted, which kernels are built with and which starts without a GPU.
 NVSHMEM = "nvidia-nvshmem-cu13==3.4.5"
 CHECKED_SCRIPTS = ("noxfile.py", "tests/cluster", "tests/packaging", "docs", "examples", "benchmarks")
@@ -36,7 +39,17 @@ OFFLINE_WHEELS = ("stevedore", "hatchling", "packaging", "pathspec", "pluggy", "
 @nox.session
 def tests(session: nox.Session) -> None:
     """All tests that need no GPU (further arguments go to pytest)."""
-    session.run(tree_python(session), "-m", "pytest", *(session.posargs or ["-q"]), external=True)
+    arguments, environment = list(session.posargs), {}
+    if not arguments:
+        arguments = ["-q"]
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        workers = min(cores, MOST_WORKERS)
+        if workers > 1:
+            # A file stays whole, because its tests share pools of ranks, compiled programs and emulated GPUs.
+            arguments += [f"--numprocesses={workers}", "--dist=loadfile"]
+            # Without it each worker's torch keeps all cores busy, also while it waits for work.
+            environment["OMP_NUM_THREADS"] = str(cores // workers)
+    session.run(tree_python(session), "-m", "pytest", *arguments, env=environment, external=True)
 
 
 @nox.session(default=False)

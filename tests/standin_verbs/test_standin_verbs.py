@@ -22,6 +22,8 @@ HERE = Path(__file__).parent
 CASES = re.findall(r"^    CASE\((\w+)\),$", (HERE / "cases.cpp").read_text(), flags=re.MULTILINE)
 FLAGS = ("-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror")
 HEADER = Path("/usr/include/infiniband/verbs.h")
+# What the names of this process's segments begin with.
+OWN_SEGMENTS = f"standin_verbs_{uuid.uuid4().hex}"
 
 # name: (file, old, new, case, memory). The case must fail with the mistake.
 MISTAKES = {
@@ -105,7 +107,7 @@ class Build:
 
 def environment_of(folder: Path, *, cuda: str) -> dict[str, str]:
     """A shared segment of its own for each run."""
-    name = f"/standin_verbs_{uuid.uuid4().hex}"
+    name = f"/{OWN_SEGMENTS}_{uuid.uuid4().hex}"
     return {**os.environ, "STANDIN_VERBS_SHM": name, "STANDIN_VERBS_CUDA": str(folder / cuda)}
 
 
@@ -137,9 +139,9 @@ def build(tmp_path_factory: pytest.TempPathFactory) -> Build:
 
 @pytest.fixture(autouse=True)
 def _no_segments_stay() -> Iterator[None]:
-    """Processes that die leave their segment behind."""
+    """Processes that die leave their segment behind; tests in other processes may be using theirs."""
     yield
-    for path in Path("/dev/shm").glob("standin_verbs_*"):
+    for path in Path("/dev/shm").glob(f"{OWN_SEGMENTS}_*"):
         path.unlink(missing_ok=True)
 
 
