@@ -6,7 +6,7 @@
 // Send warps      pack rows into the send ring's slots and put the slots to the peers' receive rings (dispatch_send.cuh). In a team's sender, deliver
 //                 warps that have nothing to deliver bring rows into their stages and put them out of there, if stores reach all peers (dispatch_direct.cuh).
 // Deliver warps   bring rows (from the receive rings, or own ones) into shared-memory stages by bulk loads, and empty them by one bulk store per
-//                 destination rank; side data by ordinary stores (dispatch_rows.cuh). Without bulk copies the warp copies.
+//                 destination rank; side data by ordinary stores (dispatch_deliver.cuh). Without bulk copies the warp copies.
 // Credit warp     says to the senders which slots are free again.
 // Before: notify (or an earlier dispatch) has said how many rows each stream carries and where they go. No row lands in an output before its
 // owner's READY was seen; the kernel ends when this rank's rows are out of its rings and all rows for this rank have arrived.
@@ -20,13 +20,10 @@
 #include "internode/trace.cuh"
 #include "kernels/completion.cuh"
 
-#include <climits>
-
 namespace deepep::internode {
 namespace {
 
 constexpr int kOp = static_cast<int>(Op::kDispatch);
-constexpr uint32_t kMayLeaveRows = 1u << 31;
 constexpr int kMaxThreads = kMaxDispatchWarps * 32;
 
 struct Shared {
@@ -73,7 +70,9 @@ struct DynamicShared {
 };
 
 #if DEEPEP_HAS_BULK
-// Some of the own rows, by a warp of a sender that has nothing else to do; its ring is empty before and after. False: none are left.
+constexpr uint32_t kMayLeaveRows = 1u << 31;
+// Some of the own rows, `most` or fewer, by a warp of a sender that has nothing else to do; its ring is empty before and after. `place`: where the ring has
+// come to. Returns where it comes to, with kMayLeaveRows unless all own rows have been taken.
 // A call, and everything else read anew, so that nothing of this takes registers from the loops around it.
 __device__ __noinline__ uint32_t deliver_own_rows(const DispatchArgs& args, uint8_t* memory, Shared& shared, int warp, uint32_t place, int most) {
     DeviceState* state = args.domain.local.state();
@@ -221,7 +220,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) dispatch_rows_kernel(const __g
             SendWarp(args, context, claims, relief).run();
         DEEPEP_TRACE(if (threadIdx.x % 32 == 0) stamp_last(kSendingOver));
 #if DEEPEP_HAS_BULK
-        if (args.use_bulk && is_deliverer && role == BlockRole::kSender) help(INT_MAX);
+        if (args.use_bulk && is_deliverer && role == BlockRole::kSender) help(RowQueue::kNoLimit);
 #endif
     }
     if (args.fill_unused) fill_unused_rows(args, dynamic.received);

@@ -28,19 +28,16 @@ public:
     __device__ void run() {
         if (lane_ == 0) ptx::fence_async_global();  // READY, acquired by this block, permits the bulk stores below
         if (handshake_.is_failed) queue_.abandon();
-        uint64_t start_ns = 0;
-        int num_idle = 0;
+        Patience patience;
         while (true) {
             fill();
             if (ring_.num_in_flight > 0) {
                 deliver();
-                start_ns = 0;
-                num_idle = 0;
+                patience.renew();
             } else if (queue_.is_over()) {
                 break;
-            } else if (++num_idle == kIdlePasses) {
-                num_idle = 0;
-                if (queue_.has_ended_badly(start_ns)) queue_.abandon();
+            } else if (queue_.has_ended_badly(patience)) {
+                queue_.abandon();
             }
             DEEPEP_TRACE(if (lane_ == 0) spans_.spend(kIdling));
         }
@@ -117,7 +114,7 @@ private:
         for (int i = 0; i < num_ranks; ++i) {
             local_rank = local_rank + 1 == num_ranks ? 0 : local_rank + 1;
             const nvlink::Grant& grant = handshake_.grants[local_rank];
-            const int32_t head = reinterpret_cast<const int32_t*>(stage + args_.stage_side + args_.side.heads)[local_rank];
+            const int32_t head = staged_heads(args_, stage)[local_rank];
             if (static_cast<uint32_t>(head) >= static_cast<uint32_t>(grant.num_rows)) {
                 has_bad = has_bad || head >= 0;
                 continue;
@@ -178,20 +175,15 @@ __device__ void deliver_row_plain(const DispatchArgs& args, const WaitContext& c
 
 __device__ void deliver_rows_plain(const DispatchArgs& args, const WaitContext& context, const nvlink::Handshake& handshake, const Delivery& delivery, RowQueue& queue,
                                    uint8_t* side) {
-    uint64_t start_ns = 0;
-    int num_idle = 0;
     if (handshake.is_failed) return;
+    Patience patience;
     while (true) {
         Item item;
         if (queue.next(item)) {
             deliver_row_plain(args, context, handshake, delivery, item, side);
-            start_ns = 0;
-            num_idle = 0;
-        } else if (queue.is_over()) {
+            patience.renew();
+        } else if (queue.is_over() || queue.has_ended_badly(patience)) {
             return;
-        } else if (++num_idle == kIdlePasses) {
-            num_idle = 0;
-            if (queue.has_ended_badly(start_ns)) return;
         }
     }
 }

@@ -23,7 +23,7 @@ public:
     template <class Help>
     __device__ void run(const Help& help) {
         constexpr int kRowsPerHelp = 4;
-        SendPatience patience;
+        Patience patience;
         while (true) {
             Waiting waiting;
             SendClaims::Found found = SendClaims::Found::kMoved;
@@ -47,7 +47,7 @@ public:
             } else if (found == SendClaims::Found::kNothing) {
                 if (help(kRowsPerHelp))
                     patience.renew();
-                else if (patience.is_exhausted(context_, waiting))
+                else if (is_exhausted(patience, context_, waiting))
                     return;
             } else {
                 patience.renew();

@@ -37,6 +37,8 @@ struct Delivery {
 
 class RowQueue {
 public:
+    static constexpr int kNoLimit = 0x7FFFFFFF;
+
     __device__ RowQueue(const DispatchArgs& args, const WaitContext& context, const BlockContexts& contexts, const StreamShape* sent, const StreamShape* received)
         : args_(args), context_(context), contexts_(contexts), received_(received), lane_(threadIdx.x % 32) {
         num_own_items_ = static_cast<uint32_t>(min_of(sent[args.node].num_rows, received[args.node].num_rows)) * static_cast<uint32_t>(args.parts.num_parts);
@@ -90,8 +92,9 @@ public:
         next_own_ = kNone;
         finding_ = Finding::kLooking;
     }
-    __device__ bool has_ended_badly(uint64_t& start_ns) const {
-        return is_hopeless(context_, Phase::kWindow, waiting(), start_ns);
+    // At every pass in which nothing was there to take: true if it is to give up.
+    __device__ bool has_ended_badly(Patience& patience) const {
+        return patience.is_due() && is_hopeless(context_, Phase::kWindow, waiting(), patience.start_ns);
     }
 
 private:
@@ -251,11 +254,11 @@ private:
     uint32_t next_own_ = kNone;
     int32_t listed_ = -1;  // the token of next_own_
     uint32_t claimed_ = kNone;
-    int claims_left_ = 0x7FFFFFFF;
+    int claims_left_ = kNoLimit;  // of own rows
     // Of the contexts, as many as may not be over: all but those that the last looks in a row found over. Zero or less: none, or of no concern.
     int num_not_over_ = 0;
+    int num_unlooked_ = 0;  // rows taken since the last look
     // what this lane has asked for last: of the context looked_from_ + lane
-    int num_unlooked_ = 0;  // own rows taken since
     int looked_from_ = 0;
     unsigned long long entry_ = 0;
     uint64_t seen_ = 0;
@@ -274,6 +277,11 @@ private:
     const uint8_t* message_ = nullptr;
 };
 
+// The destination rows of the row in a stage, by local rank.
+__device__ __forceinline__ const int32_t* staged_heads(const DispatchArgs& args, const uint8_t* stage) {
+    return reinterpret_cast<const int32_t*>(stage + args.stage_side + args.side.heads);
+}
+
 // In a cached dispatch heads come from the handle.
 __device__ inline void build_cached_heads(const DispatchArgs& args, const Item& item, uint8_t* stage) {
     const int lane = threadIdx.x % 32;
@@ -283,7 +291,7 @@ __device__ inline void build_cached_heads(const DispatchArgs& args, const Item& 
 
 // The destination row at a rank of this node, or -1.
 __device__ __forceinline__ int32_t destination(const DispatchArgs& args, const nvlink::Handshake& handshake, const uint8_t* stage, int local_rank) {
-    const int32_t head = reinterpret_cast<const int32_t*>(stage + args.stage_side + args.side.heads)[local_rank];
+    const int32_t head = staged_heads(args, stage)[local_rank];
     return static_cast<uint32_t>(head) < static_cast<uint32_t>(handshake.grants[local_rank].num_rows) ? head : -1;
 }
 
@@ -291,7 +299,7 @@ __device__ __forceinline__ int32_t destination(const DispatchArgs& args, const n
 __device__ inline void check_destinations(const DispatchArgs& args, const WaitContext& context, const nvlink::Handshake& handshake, const uint8_t* stage) {
     if (handshake.is_failed) return;
     for (int local_rank = 0; local_rank < args.message.num_heads; ++local_rank) {
-        const int32_t head = reinterpret_cast<const int32_t*>(stage + args.stage_side + args.side.heads)[local_rank];
+        const int32_t head = staged_heads(args, stage)[local_rank];
         const int64_t num_rows = handshake.grants[local_rank].num_rows;
         if (head >= num_rows) report_error(context, ErrorKind::kOverflow, Phase::kRows, args.node * args.message.num_heads + local_rank, head, num_rows, 0);
     }
@@ -300,34 +308,31 @@ __device__ inline void check_destinations(const DispatchArgs& args, const WaitCo
 // What lanes store of a row: its choices, its weights, where it comes from; scales only if bulk stores do not.
 __device__ inline void deliver_side(const DispatchArgs& args, const nvlink::Handshake& handshake, int src_rank, int32_t forward_row, const uint8_t* stage) {
     const DispatchMessage& message = args.message;
-    const int lane = threadIdx.x % 32, num_topk = message.num_topk, num_ranks = message.num_heads, num_local_experts = args.num_local_experts;
-    int32_t expert = -1;  // as the first rank of the node would number it
+    const int lane = threadIdx.x % 32, num_topk = message.num_topk, num_ranks = message.num_heads;
+    int32_t expert = -1;
     float weight = 0.0f;
     if (lane < num_topk) {
-        const int32_t chosen = reinterpret_cast<const int32_t*>(stage + args.stage_side + args.side.topk_idx)[lane];
-        if (chosen >= 0) expert = chosen - args.node * num_ranks * num_local_experts;
+        expert = reinterpret_cast<const int32_t*>(stage + args.stage_side + args.side.topk_idx)[lane];
         weight = reinterpret_cast<const float*>(stage + args.stage_side + args.side.weights)[lane];
     }
     for (int local_rank = 0; local_rank < num_ranks; ++local_rank) {
         const int64_t row = destination(args, handshake, stage, local_rank);
-        if (row >= 0) {
-            const nvlink::Grant& grant = handshake.grants[local_rank];
-            if (lane < num_topk) {
-                const bool is_here = static_cast<uint32_t>(expert) < static_cast<uint32_t>(num_local_experts);
-                reinterpret_cast<int64_t*>(grant.topk_idx)[row * num_topk + lane] = is_here ? expert : -1;
-                reinterpret_cast<float*>(grant.weights)[row * num_topk + lane] = is_here ? weight : 0.0f;
-            }
-            if (lane == 0 && !message.is_cached)
-                reinterpret_cast<int2*>(grant.src_idx)[row] = make_int2(src_rank, *reinterpret_cast<const int32_t*>(stage + args.stage_side + args.side.token));
-            if (!args.stores_scales)
-                for (int col = lane; col < message.num_scales; col += 32)
-                    reinterpret_cast<uint32_t*>(grant.scales)[row * message.num_scales + col] = reinterpret_cast<const uint32_t*>(stage + args.stage_side)[col];
+        if (row < 0) continue;
+        const nvlink::Grant& grant = handshake.grants[local_rank];
+        if (lane < num_topk) {
+            const int64_t local_expert = localise_expert(expert, args.node * num_ranks + local_rank, args.num_local_experts);
+            reinterpret_cast<int64_t*>(grant.topk_idx)[row * num_topk + lane] = local_expert;
+            reinterpret_cast<float*>(grant.weights)[row * num_topk + lane] = local_expert < 0 ? 0.0f : weight;
         }
-        expert -= num_local_experts;
+        if (lane == 0 && !message.is_cached)
+            reinterpret_cast<int2*>(grant.src_idx)[row] = make_int2(src_rank, *reinterpret_cast<const int32_t*>(stage + args.stage_side + args.side.token));
+        if (!args.stores_scales)
+            for (int col = lane; col < message.num_scales; col += 32)
+                reinterpret_cast<uint32_t*>(grant.scales)[row * message.num_scales + col] = reinterpret_cast<const uint32_t*>(stage + args.stage_side)[col];
     }
     if (!message.is_cached && lane < kMaxNodeRanks)
         args.send_nvl_head[static_cast<int64_t>(forward_row) * kMaxNodeRanks + lane] =
-            lane < num_ranks ? reinterpret_cast<const int32_t*>(stage + args.stage_side + args.side.heads)[lane] : -1;
+            lane < num_ranks ? staged_heads(args, stage)[lane] : -1;
 }
 
 // By one thread, once the chunk's loads have landed and the warp knows: hands the credit to the warp that gives credits back.

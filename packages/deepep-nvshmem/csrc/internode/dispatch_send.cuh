@@ -120,33 +120,19 @@ private:
     int base_ = 0;  // where the next look begins
 };
 
-// How long a sending warp has found nothing to do.
-class SendPatience {
-public:
-    __device__ void renew() {
-        num_idle_ = 0;
-        start_ns_ = 0;
-    }
-    // By the whole warp, which has found nothing: true if it is to give up.
-    __device__ bool is_exhausted(const WaitContext& context, const Waiting& waiting) {
-        __nanosleep(kIdleNs);
-        if (++num_idle_ < kIdlePasses) return false;
-        num_idle_ = 0;
-        return is_hopeless(context, Phase::kCredit, waiting, start_ns_);
-    }
-
-private:
-    static constexpr unsigned kIdleNs = 100;  // between looks at words that many warps look at
-    int num_idle_ = 0;
-    uint64_t start_ns_ = 0;
-};
+// By a sending warp, which has found nothing: true if it is to give up.
+__device__ inline bool is_exhausted(Patience& patience, const WaitContext& context, const Waiting& waiting) {
+    constexpr unsigned kIdleNs = 100;  // between looks at words that many warps look at
+    __nanosleep(kIdleNs);
+    return patience.is_due() && is_hopeless(context, Phase::kCredit, waiting, patience.start_ns);
+}
 
 // By a sender's credit warp, until all its contexts are over: looks at the words of credits, so that the warps that send need not. Their own loads from device
 // memory would wait behind the block's stores. `credited`: zero at the start.
 __device__ inline void watch_credits(const WaitContext& context, const BlockContexts& contexts, const int32_t* next_chunks, int32_t* credited) {
     const DispatchArgs& args = contexts.args;
     const int lane = threadIdx.x % 32, count = contexts.count();
-    SendPatience patience;
+    Patience patience;
     while (true) {
         bool is_over = true, has_moved = false;
         Waiting waiting;
@@ -172,7 +158,7 @@ __device__ inline void watch_credits(const WaitContext& context, const BlockCont
         }
         if (is_over) return;
         if (has_moved || !__any_sync(~0u, waiting.peer >= 0)) patience.renew();
-        if (!has_moved && patience.is_exhausted(context, waiting)) return;
+        if (!has_moved && is_exhausted(patience, context, waiting)) return;
     }
 }
 
@@ -183,7 +169,7 @@ public:
         : args_(args), context_(context), claims_(claims), relief_(relief), lane_(threadIdx.x % 32) {}
 
     __device__ void run() {
-        SendPatience patience;
+        Patience patience;
         while (true) {
             if (relief_ != nullptr && __shfl_sync(~0u, ptx::load_relaxed_sys(relief_), 0) == signal_word(context_.epoch, 1)) return;
             Claim claim;
@@ -191,7 +177,7 @@ public:
             const SendClaims::Found found = claims_.look(claim, waiting);
             if (found == SendClaims::Found::kOver) return;
             if (found == SendClaims::Found::kNothing) {
-                if (patience.is_exhausted(context_, waiting)) return;
+                if (is_exhausted(patience, context_, waiting)) return;
                 continue;
             }
             patience.renew();

@@ -94,6 +94,23 @@ struct Waiting {
     uint64_t expected = 0;
 };
 
+// How long a warp has found nothing to do. The same in all its lanes.
+struct Patience {
+    int num_idle = 0;
+    uint64_t start_ns = 0;  // of the wait, for is_hopeless
+
+    __device__ void renew() {
+        num_idle = 0;
+        start_ns = 0;
+    }
+    // At every pass in which nothing moved: whether it is time to look at the clock.
+    __device__ bool is_due() {
+        if (++num_idle < kIdlePasses) return false;
+        num_idle = 0;
+        return true;
+    }
+};
+
 // By the whole warp, some lane of which waits. start_ns belongs to the wait: 0 when it begins.
 __device__ inline bool is_hopeless(const WaitContext& context, Phase phase, const Waiting& waiting, uint64_t& start_ns) {
     const int lane = threadIdx.x % 32;
