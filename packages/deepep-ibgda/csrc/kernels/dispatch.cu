@@ -22,7 +22,7 @@ __global__ void __launch_bounds__(kNumThreads, 2) low_latency_dispatch_kernel(co
     const bool sends = (args.phases & kSend) != 0, receives = (args.phases & kReceive) != 0;
 #pragma unroll 1
     for (int i = static_cast<int>(threadIdx.x); i < args.num_experts; i += kNumThreads) named[i] = 0;
-    if (threadIdx.x < 2) shared.escaped_rounds[threadIdx.x] = 0;
+    if (threadIdx.x < 2) shared.escaped_units[threadIdx.x] = -1;
     begin_kernel(args);
     ptx::named_barrier(kAllThreads, kNumThreads);
     DEEPEP_STAMP(0, threadIdx.x == 0);

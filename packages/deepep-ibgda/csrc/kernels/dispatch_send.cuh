@@ -36,10 +36,9 @@ __device__ __forceinline__ void send_share_as_worker(const DispatchArgs& args, D
             DEEPEP_STAMP(2, thread == 0 && round == 0);
             send_barrier();
         } else {
-            const uint32_t stamp = escape_stamp(share, round);
-            if (plan.parts_log2 == 0 ? row.has_empty_word() : unit.is_there && RowPart<kFp8>::finds_empty_word(args, unit.token)) shared.escaped_rounds[round & 1] = stamp;
+            if (plan.parts_log2 == 0 ? row.has_empty_word() : unit.is_there && RowPart<kFp8>::finds_empty_word(args, unit.token)) shared.escaped_units[round & 1] = i;
             send_barrier();  // the other parity's word was read before the senders came here
-            needs_escape = shared.escaped_rounds[round & 1] == stamp;
+            needs_escape = shared.escaped_units[round & 1] == i;
         }
         DEEPEP_STAMP(3, thread == 0 && round == 0);
         if (!is_share_own(shared.operation, begins)) return;
@@ -103,7 +102,7 @@ __device__ __forceinline__ void send_share_as_control(const DispatchArgs& args, 
             if (is_own) store_scales(args, info, shared.scales[round & 1], unit.first, unit.end);
         } else {
             send_barrier();
-            const bool needs_escape = shared.escaped_rounds[round & 1] == escape_stamp(share, round);
+            const bool needs_escape = shared.escaped_units[round & 1] == i;
             if (is_own && needs_escape) send_barrier();
             send_header(needs_escape ? kRowPresent | kRowEscaped : kRowPresent, needs_escape ? shared.escape : 0);
         }

@@ -28,14 +28,11 @@ struct alignas(16) DispatchShared {
     alignas(16) uint32_t scales[2][kMaxHidden / 128];
     uint32_t found;  // escape values that occur in the row
     uint32_t escape;
-    uint32_t escaped_rounds[2];  // by parity of the round: escape_stamp of the last one whose row has to be escaped
+    int32_t escaped_units[2];  // by parity of the round: the last unit whose row has to be escaped; -1 none
     uint32_t is_indexed;  // the index of every source has been read, and is good
     uint32_t is_lost[kMaxWindowRanks];       // with enable_shrink: sources that are left out
     uint64_t wait_begin_ns[kReceiveWarps];  // of the row that a warp waits for, if somebody wants to know
 };
-
-// Tells rounds of all shares apart; never 0.
-__device__ __forceinline__ uint32_t escape_stamp(int share, int round) { return (static_cast<uint32_t>(share) << 16 | static_cast<uint32_t>(round)) + 1; }
 
 // In dynamic shared memory. Sending: how many tokens name each expert [E]; all of this rank in the upper half of a word, those below the
 // block's token in the lower half. Receiving: the index words of every source [N, 2 + L].

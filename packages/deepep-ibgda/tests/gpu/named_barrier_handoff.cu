@@ -1,4 +1,5 @@
-// Textbook handoffs within a block: one warp writes a shared-memory word, all warps meet at a named barrier, the others read the word, all meet again.
+// Textbook handoffs within a block: one warp writes a shared-memory word, all warps meet at a named barrier, the others read the word; words alternate from
+// meeting to meeting.
 // There is no race in them. What racecheck says of them tells what its findings in kernels that hand shared memory over at named barriers are worth.
 // In the second one the readers have arrived before at another barrier, at which the writer alone waits, as the workers of low-latency dispatch do.
 //   nvcc -arch=sm_90 -lineinfo -I ../../../deepep-core/src/deep_ep/include -o named_barrier_handoff named_barrier_handoff.cu
