@@ -26,7 +26,7 @@ PACKAGES = ROOT / "packages"
 PURE_PACKAGES = ("deepep-core", "deepep-reference")
 NATIVE_PACKAGES = ("deepep-nvshmem", "deepep-ibgda")
 PYTHON_VERSIONS = ("3.10", "3.11", "3.12", "3.13")
-TREE_TOOLS = ("build", "hatchling", "mpi4py", "mpich", "mypy", "nox", "pybind11", "ruff", "tomli")
+TREE_TOOLS = ("build", "hatchling", "mpi4py", "mpich", "mypy", "nox", "pybind11", "pytest-xdist", "ruff", "tomli")
 # Processes that run tests side by side; one may hold several gigabytes of emulated GPUs.
 MOST_WORKERS = 4
 # The oldest NVSHMEM that is accepted, which kernels are built with and which starts without a GPU.

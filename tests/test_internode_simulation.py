@@ -247,8 +247,9 @@ def test_rings_are_cut_as_the_kernels_cut_them(tmp_path: Path) -> None:
     if compiler is None or not header.is_file():
         pytest.skip(f"needs g++ (found: {compiler}) and {header.relative_to(ROOT)} (there: {header.is_file()})")
     cases = [
-        (ring, message, chunk, most_slots)
-        for most_slots in (384, 768)
+        (ring, message, chunk, operation, num_nodes)
+        for operation in OPERATIONS
+        for num_nodes in (2, 3)
         for ring in (1 << 15, 1 << 20, 8 << 20, 100_000_000)
         for message in (128, 7424, 7552, 14464)
         for chunk in (1 << 12, 1 << 15, 1 << 20)
@@ -256,9 +257,9 @@ def test_rings_are_cut_as_the_kernels_cut_them(tmp_path: Path) -> None:
     source = tmp_path / "geometry.cpp"
     source.write_text(
         '#include "internode/window.hpp"\n#include <cstdio>\nusing namespace deepep::internode;\nint main() {\n'
-        "long long ring, message, chunk;\nint slots;\n"
-        'while (std::scanf("%lld %lld %lld %d", &ring, &message, &chunk, &slots) == 4) {\n'
-        "auto g = ChunkGeometry::of(ring, message, chunk, slots);\n"
+        "long long ring, message, chunk;\nint is_combine, num_nodes;\n"
+        'while (std::scanf("%lld %lld %lld %d %d", &ring, &message, &chunk, &is_combine, &num_nodes) == 5) {\n'
+        "auto g = ChunkGeometry::of(ring, message, chunk, ChunkGeometry::most_slots(is_combine, num_nodes));\n"
         'std::printf("%d %d %d %d\\n", g.num_slot_rows, g.num_slots, g.chunk_rows(1), g.chunk_rows(1000));\n}\n'
         "DispatchMessage fresh{7168, 56, 8, 8, false}, cached{7168, 56, 8, 8, true}; CombineMessage back{14336, 8};\n"
         'std::printf("%lld %lld %lld\\n", (long long)fresh.num_bytes(), (long long)cached.num_bytes(), '
@@ -272,10 +273,10 @@ def test_rings_are_cut_as_the_kernels_cut_them(tmp_path: Path) -> None:
         str(ROOT / "packages/deepep-core/src/deep_ep/include"),
     )
     subprocess.run([compiler, "-std=c++17", *folders, str(source), "-o", str(program)], check=True)
-    text = "".join(" ".join(map(str, case)) + "\n" for case in cases)
+    text = "".join(f"{r} {m} {c} {int(operation == 'combine')} {nodes}\n" for r, m, c, operation, nodes in cases)
     printed = subprocess.run([str(program)], input=text, capture_output=True, text=True, check=True).stdout.splitlines()
-    for case, line in zip(cases, printed, strict=False):
-        ring = Ring.of(*case)
+    for (num_bytes, message, chunk, operation, num_nodes), line in zip(cases, printed, strict=False):
+        ring = Ring.of(num_bytes, message, chunk, Ring.most_slots(operation, num_nodes))
         assert [ring.slot_rows, ring.num_slots, ring.chunk_rows(1), ring.chunk_rows(1000)] == list(
             map(int, line.split())
         )

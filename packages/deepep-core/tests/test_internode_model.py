@@ -178,7 +178,7 @@ def test_the_advice_suffices(shape: Shape, operation: Operation, machine: Machin
         assert estimate(operation, shape, machine, num_sms=num_sms).seconds == pytest.approx(links.seconds)
     if num_sms <= 132:
         ring = enough_ring(operation, shape, machine, num_sms=num_sms)
-        assert 2 <= ring.num_slots <= 768
+        assert 2 <= ring.num_slots <= (768 if operation == "combine" and shape.num_nodes == 2 else 384)
         assert ring.num_slots * ring.slot_rows * shape.message_bytes(operation) <= ring.num_bytes
 
 

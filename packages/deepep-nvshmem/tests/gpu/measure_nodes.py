@@ -47,7 +47,7 @@ class Task:
     num_calls: int
     has_trace: bool
     megahertz: float
-    kept: str = "all"  # rows for which nodes
+    nodes: str  # that tokens go to: all, the own one, or the next one
 
 
 class Tuned:
@@ -77,11 +77,11 @@ def parsed(tuning: str) -> dict[str, int]:
 
 def restricted(chosen: torch.Tensor, task: Task, rank: int) -> torch.Tensor:
     """Choices of experts on this rank's node only, or on the next node only."""
-    if task.kept == "all":
+    if task.nodes == "all":
         return chosen
     shape = task.shape
     num_node_experts = shape.experts // shape.num_ranks * task.ranks_per_node
-    node = rank // task.ranks_per_node + (1 if task.kept == "next" else 0)
+    node = rank // task.ranks_per_node + (1 if task.nodes == "next" else 0)
     return chosen % num_node_experts + node * num_node_experts % shape.experts
 
 
@@ -213,7 +213,7 @@ def measure(context: RankContext, task: Task) -> None:
                         say(f"{what} {refused}")
                         continue
                     us, floor = statistics.median(times), floors[kernel] / push / 1e3 if push else 0.0
-                    share = f", floor {floor:6.1f}: {floor / us:.2f}" if task.kept == "all" else ""
+                    share = f", floor {floor:6.1f}: {floor / us:.2f}" if task.nodes == "all" else ""
                     say(f"{what} {us:7.1f} us (largest {max(times):7.1f}){share}")
                     if task.has_trace:
                         for line in bench.trace(kernel, sms):
@@ -270,7 +270,7 @@ def main() -> None:
                 num_calls=options.calls,
                 has_trace=options.trace,
                 megahertz=options.megahertz,
-                kept=options.nodes,
+                nodes=options.nodes,
             )
             environment = {"DEEPEP_RANKS_PER_NODE": str(ranks_per_node)}
             if options.window_mb:
