@@ -98,19 +98,16 @@ def predict(
 def compare(
     files: Annotated[list[Path] | None, typer.Argument(help="Records; all in benchmarks/results if none.")] = None,
 ) -> None:
-    """Set records of ``deepep bench`` on four H200s beside model and simulation. Nothing is fitted to them."""
+    """Set what was measured on four and on two H200s beside model and simulation."""
     rows = []
-    for measured in records.load(files or None):
-        scenario = Scenario(
-            operation=measured.operation,
-            shape=measured.shape,
-            machine=H200_VIRTUAL_NODES,
-            kernel=Kernel(num_sms=measured.num_sms),
-        )
-        estimated = estimate(measured.operation, measured.shape, H200_VIRTUAL_NODES, num_sms=measured.num_sms)
+    for measured in records.load(files) if files else [*records.load(), *records.PRINTED_BEFORE, *records.PRINTED]:
+        machine = measured.machine
+        # The model knows no routing but the uniform one.
+        estimated = estimate(measured.operation, measured.shape, machine, num_sms=measured.num_sms)
         # Inside one node combine loads in bulk, which is not the kernel that is simulated.
         is_simulated = measured.operation == "dispatch" or measured.shape.num_nodes > 1
-        rows.append((measured, estimated, simulate(scenario) if is_simulated else None))
+        simulated = simulate(measured.scenario, measured.routing()) if is_simulated else None
+        rows.append((measured, estimated if measured.to == "all" else None, simulated))
     report.show_comparison(Console(width=120), rows)
 
 

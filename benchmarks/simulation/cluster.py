@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -15,38 +16,133 @@ from deep_ep.internode_model import CHUNK_BYTES, Machine, Operation, Ring, Shape
 
 from .engine import Clock, Server
 
+# Of dispatch_shape.cpp.
+LEAST_DIVIDED_SMS, MAX_PART_BYTES, SHARED_BYTES, ENOUGH_BYTES = 16, 16384, 214 << 10, 186 << 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class DispatchTimes:
+    """What one state of dispatch's kernels takes beside moving bytes. docs/internode-model.md has the origins.
+
+    Attributes:
+        handshake_us: from a kernel's begin until it may store to its node's ranks.
+        exit_us: of a call, after its last row has landed and DONE is out.
+        credit_us: from a chunk's last load until its credit leaves: one warp gives all back, and its fence waits for
+            everything that the SM has under way.
+        deliver_warp_us: a row keeps a deliver warp for that long if the SM does little else.
+        deliver_sm_us, send_sm_us: of the SM, for each row that is delivered, and put out of shared memory.
+        send_warp_gbps: of one warp that puts rows out of shared memory.
+    """
+
+    handshake_us: float = 6.0
+    exit_us: float = 6.5
+    credit_us: float = 3.5
+    deliver_warp_us: float = 1.84
+    deliver_sm_us: float = 0.044
+    send_sm_us: float = 0.061
+    send_warp_gbps: float = 3.0
+
+
+NOW = DispatchTimes()
+# Of the records of four H200s and of the first ones of two, before rows took fewer instructions.
+EARLIER = DispatchTimes(deliver_warp_us=3.0, deliver_sm_us=0.18)
+# Inside one node dispatch is another backend's, of which no such times are known: a flag before, one behind.
+IN_NODE = DispatchTimes(handshake_us=1.3, exit_us=0.0, deliver_warp_us=0.0, deliver_sm_us=0.0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DispatchShape:
+    """How a dispatch uses its SMs.
+
+    Attributes:
+        num_team_senders: of a team; 0: every block sends and delivers.
+        sends_directly: senders put rows out of shared memory, not out of the send ring.
+        deliver_warps, send_warps: of a block that does so.
+        num_stages: rows that a block's deliver warps have on their way.
+    """
+
+    num_sms: int
+    num_team_senders: int
+    sends_directly: bool
+    deliver_warps: int
+    send_warps: int
+    num_stages: int
+
+    @property
+    def num_places(self) -> int:
+        """Slot k of every stream belongs to place k % places, at both ends."""
+        team_size = self.num_team_senders + 1
+        return self.num_sms - (self.num_sms // team_size if self.num_team_senders else 0)
+
+    def sender(self, place: int) -> int:
+        """The SM that sends for a place."""
+        return place + (place // self.num_team_senders if self.num_team_senders else 0)
+
+    def deliverer(self, place: int) -> int:
+        """The SM that delivers for a place. The last team may have no deliverer; its senders then do both."""
+        if not self.num_team_senders:
+            return place
+        sm = (place // self.num_team_senders + 1) * (self.num_team_senders + 1) - 1
+        return sm if sm < self.num_sms else self.sender(place)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Kernel:
-    """How the kernels across nodes use a GPU; what is not given is as in the kernels themselves.
-
-    Every block sends and delivers, and puts read the send ring, as towards a NIC: neither dispatch's teams nor puts out
-    of shared memory are simulated. The records that the simulation is compared with are of such kernels.
+    """How the kernels across nodes use a GPU; what is ``None`` is as in the kernels themselves.
 
     Attributes:
         num_sms: blocks, one per SM.
+        num_team_senders: of dispatch's teams of senders and one deliverer each; 0: every block sends and delivers.
+        may_send_directly: dispatch may put rows out of shared memory where stores reach the peers.
         deliver_warps: of a block of dispatch: store rows of other nodes, and while there are none the own rows.
-        send_warps: of a block of dispatch: pack messages and put them.
+        send_warps: of a block of dispatch: pack messages and put them. In a team's sender the deliver warps do so, too.
         forward_warps, source_warps: of a block of combine: sum for ranks of other nodes, sum the own tokens. ``None``:
-            of 19 warps 10 forward, 14 where a node is one rank, which has nothing of its own to sum.
+            of 19 warps 10 forward, 14 where a node is one rank, which has nothing of its own to sum. Puts of combine
+            are simulated as if they all read the send ring.
         ring_bytes: of one ring; a rank keeps two per other node.
         chunk_bytes: what a slot aims at.
-        stage_bytes: shared memory of a delivering warp, the bytes that it has on their way.
+        times: of dispatch across nodes.
     """
 
     num_sms: int = 24
-    deliver_warps: int = 4
-    send_warps: int = 11
+    num_team_senders: int | None = None
+    may_send_directly: bool = True
+    deliver_warps: int | None = None
+    send_warps: int | None = None
     forward_warps: int | None = None
     source_warps: int | None = None
     ring_bytes: int = 12 << 20
     chunk_bytes: int = CHUNK_BYTES
-    stage_bytes: int = 43008
+    times: DispatchTimes = NOW
 
     def combine_warps(self, ranks_per_node: int) -> tuple[int, int]:
         """Forward and source warps of a block."""
         forward = self.forward_warps or (14 if ranks_per_node == 1 else 10)
         return forward, self.source_warps or 19 - forward
+
+    def dispatch_shape(self, shape: Shape, machine: Machine) -> DispatchShape:
+        """As ``csrc/internode/dispatch_shape.cpp`` of deepep-nvshmem chooses where copies in bulk are to be had."""
+        row = shape.hidden * (1 if shape.is_fp8 else 2)
+        part = min(row, MAX_PART_BYTES)
+        num_side = shape.row_bytes("dispatch") - row + 8 * shape.num_topk + 4 * max(8, shape.ranks_per_node + 1)
+        stage = -(-(part + num_side) // 128) * 128
+        num_stages = SHARED_BYTES // stage
+        senders = self.num_team_senders
+        if senders is None:
+            senders = 1 if self.num_sms >= LEAST_DIVIDED_SMS else 0
+        if shape.num_nodes == 1:
+            senders = 0
+        usual, fed = (14, num_stages // 2) if senders else (4, num_stages // 3)
+        deliver = self.deliver_warps or max(1, min(usual, fed))
+        num_each = min(8, max(3, ENOUGH_BYTES // (deliver * stage)), num_stages // deliver)
+        return DispatchShape(
+            num_sms=self.num_sms,
+            num_team_senders=senders,
+            sends_directly=senders > 0 and machine.nic_gbps is None and self.may_send_directly and part == row,
+            deliver_warps=deliver,
+            send_warps=self.send_warps or (15 - deliver if senders else 11),
+            num_stages=deliver * max(1, num_each - 1),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +183,9 @@ class Outcome:
         return self.logical_bytes / self.seconds / 1e9
 
 
+@lru_cache(maxsize=1)  # dispatch and combine of a shape follow one another
 def draw_routing(shape: Shape, seed: int) -> Any:
-    """bool ``[N, T, D, P]``: which rank gets which token of which rank."""
+    """bool ``[N, T, D, P]``: which rank gets which token of which rank. Not to be written to."""
     random = np.random.default_rng(seed)
     found = np.zeros((shape.num_ranks, shape.num_tokens, shape.num_ranks), dtype=bool)
     per_rank = shape.num_experts // shape.num_ranks
@@ -100,6 +197,7 @@ def draw_routing(shape: Shape, seed: int) -> Any:
             np.put_along_axis(grouped, losers[:, :, None], np.float32(-1), axis=1)
         chosen = np.argpartition(appeal, shape.num_experts - shape.num_topk, axis=1)[:, -shape.num_topk :]
         np.put_along_axis(in_rank, chosen // per_rank, True, axis=1)
+    found.flags.writeable = False
     return found.reshape(shape.num_ranks, shape.num_tokens, shape.num_nodes, shape.ranks_per_node)
 
 

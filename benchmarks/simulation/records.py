@@ -4,24 +4,52 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from deep_ep.internode_model import H200_400G, Estimate, Machine, Operation, Shape, estimate
+import numpy as np
+
+from deep_ep.internode_model import H200_400G, H200_VIRTUAL_NODES, Estimate, Machine, Operation, Shape, estimate
+
+from .cluster import EARLIER, Kernel, Scenario
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measured:
-    """One row of a record, as a case for model and simulation."""
+    """One row of a record, as a case for model and simulation.
+
+    Attributes:
+        to: nodes that tokens go to.
+    """
 
     record: str
     operation: Operation
     shape: Shape
-    num_sms: int
+    kernel: Kernel
     seconds: float
+    machine: Machine = H200_VIRTUAL_NODES
+    to: Literal["all", "own", "next"] = "all"
+
+    @property
+    def num_sms(self) -> int:
+        return self.kernel.num_sms
+
+    @property
+    def scenario(self) -> Scenario:
+        return Scenario(operation=self.operation, shape=self.shape, machine=self.machine, kernel=self.kernel)
+
+    def routing(self) -> Any:
+        """As `simulate` takes it; ``None``: drawn. Where tokens go to one node only, a node is one rank."""
+        if self.to == "all":
+            return None
+        num_ranks, step = self.shape.num_ranks, 0 if self.to == "own" else 1
+        found = np.zeros((num_ranks, self.shape.num_tokens, num_ranks, 1), dtype=bool)
+        for rank in range(num_ranks):
+            found[rank, :, (rank + step) % num_ranks] = True
+        return found
 
 
 def measured_in(record: dict[str, Any], name: str) -> list[Measured]:
@@ -43,8 +71,17 @@ def measured_in(record: dict[str, Any], name: str) -> list[Measured]:
         num_groups=facts.get("num_groups", 1),
         num_topk_groups=facts.get("num_topk_groups", 1),
     )
+    # Until then every block of dispatch sent and delivered.
+    is_earlier = name.startswith(("2026-11-20", "2026-11-21"))
+    kernel = Kernel(num_team_senders=0, times=EARLIER) if is_earlier else Kernel()
     return [
-        Measured(record=name, operation=row["operation"], shape=shape, num_sms=row["num_sms"], seconds=row["seconds"])
+        Measured(
+            record=name,
+            operation=row["operation"],
+            shape=shape,
+            kernel=replace(kernel, num_sms=row["num_sms"]),
+            seconds=row["seconds"],
+        )
         for row in record["measurements"]
         if row["contender"] == "deep_ep" and row["operation"] in ("dispatch", "combine") and row["num_sms"]
     ]
@@ -56,6 +93,41 @@ def load(paths: Iterable[Path] | None = None) -> list[Measured]:
     for path in sorted(RESULTS.glob("*/*.json")) if paths is None else paths:
         found += measured_in(json.loads(path.read_text()), f"{path.parent.name}/{path.stem}")
     return found
+
+
+def _printed(
+    record: str, us: float, to: Literal["all", "own", "next"] = "all", bf16: bool = False, **kernel: Any
+) -> Measured:
+    """Dispatch between two nodes of one rank on two H200s, which push 323 GB/s."""
+    shape = Shape(num_nodes=2, ranks_per_node=1, is_fp8=not bf16, is_cached=True)
+    return Measured(
+        record=record,
+        operation="dispatch",
+        shape=shape,
+        kernel=Kernel(**kernel),
+        seconds=us / 1e6,
+        machine=replace(H200_VIRTUAL_NODES, nvlink_push_gbps=323),
+        to=to,
+    )
+
+
+# What stands as text in the records of two H200s: the present kernels, and those before, undivided and in teams.
+_TODAY, _BEFORE = "2026-11-22-h200-x2", "2026-11-21-h200-x2"
+PRINTED = (
+    *(_printed(_TODAY, us, num_sms=n) for n, us in ((12, 340), (16, 210), (24, 160), (32, 149))),
+    _printed(f"{_TODAY}, own node", 55, "own"),
+    _printed(f"{_TODAY}, other node", 142, "next"),
+    _printed(f"{_TODAY}, bf16", 287, bf16=True),
+    _printed(f"{_TODAY}, bf16, ring", 387, bf16=True, may_send_directly=False),
+)
+PRINTED_BEFORE = (
+    *(
+        _printed(f"{_BEFORE}, undivided", us, num_sms=n, num_team_senders=0, times=EARLIER)
+        for n, us in ((8, 604), (12, 423), (16, 368), (24, 290), (32, 239))
+    ),
+    _printed(f"{_BEFORE}, teams", 185, times=EARLIER),
+    _printed(f"{_BEFORE}, teams, ring", 229, may_send_directly=False, times=EARLIER),
+)
 
 
 @dataclass(frozen=True, kw_only=True)

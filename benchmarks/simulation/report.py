@@ -54,7 +54,7 @@ def show_predictions(console: Console, predictions: list[Prediction]) -> None:
     console.print(table)
 
 
-def show_comparison(console: Console, rows: list[tuple[Measured, Estimate, Outcome | None]]) -> None:
+def show_comparison(console: Console, rows: list[tuple[Measured, Estimate | None, Outcome | None]]) -> None:
     table = _table("Measured", "record", "operation", "nodes", "SMs", "measured", "model", "simulated")
     for measured, estimate, outcome in rows:
         table.add_row(
@@ -63,7 +63,7 @@ def show_comparison(console: Console, rows: list[tuple[Measured, Estimate, Outco
             f"{measured.shape.num_nodes} x {measured.shape.ranks_per_node}",
             str(measured.num_sms),
             f"{measured.seconds * 1e6:.0f} us",
-            _against(estimate.seconds, measured.seconds),
+            _against(estimate.seconds, measured.seconds) if estimate is not None else "",
             _against(outcome.seconds, measured.seconds) if outcome is not None else "",
         )
     console.print(table)
