@@ -150,7 +150,11 @@ def test_results_have_the_shapes_of_the_contract(part: NvshmemNormal, machine: A
     assert [p.dtype for p in result.handle or () if p is not None][7] == torch.uint8
 
 
-def test_kernels_write_to_what_the_handle_holds(part: NvshmemNormal, machine: Any) -> None:
+@pytest.mark.parametrize("num_calls_before", [0, 1], ids=["first call", "same rows again"])
+def test_kernels_write_to_what_the_handle_holds(part: NvshmemNormal, machine: Any, num_calls_before: int) -> None:
+    for _ in range(num_calls_before):
+        dispatch(part, machine)
+    machine.calls.clear()
     handle = dispatch(part, machine).handle or ()
     assert all(isinstance(p, torch.Tensor) for p in handle)
     addresses = [p.data_ptr() for p in handle if p is not None]
@@ -167,7 +171,8 @@ def test_kernels_write_to_what_the_handle_holds(part: NvshmemNormal, machine: An
     }
     sizes |= {"recv_gbl_rank_prefix": NUM_RANKS, "send_rdma_head": NUM_TOKENS * NUM_NODES}
     sizes |= {"dst_rows": NUM_TOKENS * NUM_RANKS, "tokens_to_node": NUM_TOKENS * NUM_NODES}
-    spans = sorted((notify[name], 4 * size) for name, size in sizes.items())
+    spans = [(notify[name], 4 * size) for name, size in sizes.items()]
+    spans = sorted([*spans, (launched["send_nvl_head"], 32 * launched["forward_capacity"])])
     assert all(start + size <= after for (start, size), (after, _) in itertools.pairwise(spans))
 
 
@@ -178,6 +183,21 @@ def test_the_same_number_of_rows_again_is_launched_behind_its_counts(part: Nvshm
     (launched,) = machine.of("dispatch")
     assert launched["ticket"] == machine.of("notify")[0]["ticket"] != 0
     assert launched["least_rows"] <= 4 <= launched["capacity"] and launched["forward_capacity"] >= 3
+
+
+def test_own_stream_waits_after_each_allocation_on_the_callers(part: NvshmemNormal, machine: Any) -> None:
+    waits = "own waits for caller"
+    dispatch(part, machine)
+    assert machine.log == [waits, "notify", waits, "dispatch", waits, "dispatch"]
+    machine.log.clear()
+    dispatch(part, machine)
+    assert machine.log == [waits, "notify", waits, "dispatch"]
+    machine.log.clear()
+    dispatch(part, machine, num_worst_tokens=1001)
+    assert machine.log == [waits, "notify", "dispatch"]
+    machine.log.clear()
+    assert not dispatch(part, machine, output_stream=None).is_on_output_stream
+    assert machine.log == ["notify", "dispatch"]
 
 
 @pytest.mark.parametrize(("num_rows", "num_forward_rows"), [(5000, 3), (100, 3), (1000, 400)])

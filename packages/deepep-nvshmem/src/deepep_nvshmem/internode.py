@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import itertools
 import struct
 from typing import Any, ClassVar, NamedTuple
 
@@ -32,7 +33,7 @@ from deep_ep.handles import InternodeHandle
 
 from .arena import SymmetricArena
 from .backend import load_extension, load_internode_extension
-from .base import MAX_LOCAL_EXPERTS, KernelNormal, address_of, call_header, header_fields
+from .base import INT_BYTES, MAX_LOCAL_EXPERTS, KernelNormal, address_of, call_header, header_fields
 from .outputs import Outputs, least_rows, size_class
 from .push_limit import measure_push_limit_of_host
 
@@ -46,35 +47,83 @@ _MORE_HEAP = "Raise DEEPEP_SYMMETRIC_HEAP_MB on every rank."
 
 
 class Routing(NamedTuple):
-    """int32 tensors that the kernels fill: parts of a handle, and what only one dispatch needs."""
+    """Addresses of int32 arrays that the kernels fill: parts of a handle, and what only one dispatch needs.
 
-    send_rdma_head: torch.Tensor
-    rdma_channel_prefix: torch.Tensor
-    gbl_channel_prefix: torch.Tensor
-    recv_rdma_channel_prefix: torch.Tensor
-    recv_rdma_rank_prefix: torch.Tensor
-    recv_gbl_channel_prefix: torch.Tensor
-    recv_gbl_rank_prefix: torch.Tensor
-    dst_rows: torch.Tensor
-    tokens_to_node: torch.Tensor
+    A cached dispatch reads some of them, the others are 0 then.
+    """
 
-    @staticmethod
-    def allocate(num_tokens: int, num_ranks: int, num_nodes: int, device: torch.device) -> Routing:
-        """One block for all, so that a handle keeps alive what its dispatch reads on another stream."""
-        shapes = (
-            (num_tokens, num_nodes),
-            (num_nodes, 1),
-            (num_ranks, 1),
-            (num_nodes, 1),
-            (num_nodes,),
-            (num_ranks, 1),
-            (num_ranks,),
-            (num_tokens, num_ranks),
-            (num_nodes, num_tokens),
+    send_nvl_head: int
+    send_rdma_head: int
+    rdma_channel_prefix: int
+    gbl_channel_prefix: int
+    recv_rdma_channel_prefix: int
+    recv_rdma_rank_prefix: int
+    recv_gbl_channel_prefix: int
+    recv_gbl_rank_prefix: int
+    dst_rows: int
+    tokens_to_node: int
+
+
+class RoutingBlock:
+    """One block for all of `Routing`, so that a handle keeps alive what its dispatch reads on another stream.
+
+    The kernels need addresses alone. Tensors of the parts, a fifth of a call's time on the host, are made for the
+    handle once the GPU has its work.
+    """
+
+    __slots__ = ("_block", "_num_nodes", "_num_ranks", "_num_tokens", "_starts", "addresses")
+
+    def __init__(
+        self, num_tokens: int, num_ranks: int, num_nodes: int, forward_capacity: int, device: torch.device
+    ) -> None:
+        sizes = Routing(
+            send_nvl_head=forward_capacity * _WIDTH,  # first, because its rows are loaded in bulk: 16-byte alignment
+            send_rdma_head=num_tokens * num_nodes,
+            rdma_channel_prefix=num_nodes,
+            gbl_channel_prefix=num_ranks,
+            recv_rdma_channel_prefix=num_nodes,
+            recv_rdma_rank_prefix=num_nodes,
+            recv_gbl_channel_prefix=num_ranks,
+            recv_gbl_rank_prefix=num_ranks,
+            dst_rows=num_tokens * num_ranks,
+            tokens_to_node=num_nodes * num_tokens,
         )
-        sizes = [shape[0] * shape[-1] if len(shape) == 2 else shape[0] for shape in shapes]
-        block = torch.empty(sum(sizes), dtype=torch.int32, device=device)
-        return Routing(*(part.view(shape) for part, shape in zip(block.split(sizes), shapes, strict=True)))
+        *starts, num_words = itertools.accumulate(sizes, initial=0)
+        self._num_tokens, self._num_ranks, self._num_nodes = num_tokens, num_ranks, num_nodes
+        self._block = torch.empty(num_words, dtype=torch.int32, device=device)
+        address = self._block.data_ptr()
+        self._starts = Routing(*starts)
+        self.addresses = Routing(*[address + start * INT_BYTES for start in starts])
+
+    def send_nvl_head(self, num_forward_rows: int) -> torch.Tensor:
+        """The first rows of it."""
+        return self._block.as_strided((num_forward_rows, _WIDTH), (_WIDTH, 1), self._starts.send_nvl_head)
+
+    def handle(
+        self, *, is_token_in_rank: torch.Tensor, recv_src_meta: torch.Tensor, send_nvl_head: torch.Tensor
+    ) -> InternodeHandle:
+        """The handle of these parts and the block's.
+
+        Its send_rdma_head brings tokens_to_node along (`_kept_tokens`), which spares its cached dispatches a kernel.
+        """
+        part, starts, num_ranks, num_nodes = self._block.as_strided, self._starts, self._num_ranks, self._num_nodes
+        send_rdma_head = part((self._num_tokens, num_nodes), (num_nodes, 1), starts.send_rdma_head)
+        # Tensors of inference mode have no version.
+        if not send_rdma_head.is_inference():
+            kept = _KeptTokens(self._block, self.addresses.tokens_to_node, send_rdma_head._version)
+            setattr(send_rdma_head, _TOKENS, kept)
+        return InternodeHandle(
+            is_token_in_rank=is_token_in_rank,
+            rdma_channel_prefix_matrix=part((num_nodes, 1), (1, 1), starts.rdma_channel_prefix),
+            gbl_channel_prefix_matrix=part((num_ranks, 1), (1, 1), starts.gbl_channel_prefix),
+            recv_rdma_channel_prefix_matrix=part((num_nodes, 1), (1, 1), starts.recv_rdma_channel_prefix),
+            recv_rdma_rank_prefix_sum=part((num_nodes,), (1,), starts.recv_rdma_rank_prefix),
+            recv_gbl_channel_prefix_matrix=part((num_ranks, 1), (1, 1), starts.recv_gbl_channel_prefix),
+            recv_gbl_rank_prefix_sum=part((num_ranks,), (1,), starts.recv_gbl_rank_prefix),
+            recv_src_meta=recv_src_meta,
+            send_rdma_head=send_rdma_head,
+            send_nvl_head=send_nvl_head,
+        )
 
 
 class NvshmemNormal(KernelNormal):
@@ -154,12 +203,14 @@ class NvshmemNormal(KernelNormal):
         else:
             capacity = size_class(request.num_worst_tokens)
             forward_capacity = request.num_worst_tokens * self._facts.ranks_per_node
-        routing = Routing.allocate(num_tokens, num_ranks, num_nodes, device)
-        send_nvl_head = _heads(forward_capacity, device)
-        # As in `nvlink`: blocks as large as the last call's are most often right, and then the launch follows at once.
-        outputs = self._outputs(request, capacity, num_topk, source_shape=(2,))
-        if outputs is None and not waits:
-            self._refuse_and_raise(self._heap_is_full(capacity), BufferStateError)
+        block = RoutingBlock(num_tokens, num_ranks, num_nodes, forward_capacity, device)
+        routing, own_heads, outputs = block.addresses, None, None
+        if waits:
+            self._follow(request.output_stream)  # the outputs are allocated while the counts travel
+        else:
+            outputs = self._outputs(request, capacity, num_topk, source_shape=(2,))
+            if outputs is None:
+                self._refuse_and_raise(self._heap_is_full(capacity), BufferStateError)
         sequence, self._num_calls = self._num_calls, self._num_calls + 1
         ticket = next(self._tickets) if waits else 0
         runtime.notify(
@@ -175,11 +226,23 @@ class NvshmemNormal(KernelNormal):
             num_bad_indices=0,
             ticket=ticket,
             stream=self._handle,
-            **{name: part.data_ptr() for name, part in routing._asdict().items()},
+            send_rdma_head=routing.send_rdma_head,
+            rdma_channel_prefix=routing.rdma_channel_prefix,
+            gbl_channel_prefix=routing.gbl_channel_prefix,
+            recv_rdma_channel_prefix=routing.recv_rdma_channel_prefix,
+            recv_rdma_rank_prefix=routing.recv_rdma_rank_prefix,
+            recv_gbl_channel_prefix=routing.recv_gbl_channel_prefix,
+            recv_gbl_rank_prefix=routing.recv_gbl_rank_prefix,
+            dst_rows=routing.dst_rows,
+            tokens_to_node=routing.tokens_to_node,
         )
-        num_recv, per_expert = request.num_worst_tokens, []
+        if waits:
+            # As in `nvlink`: blocks as large as the last call's are most often right, and then the launch follows at
+            # once.
+            outputs = self._outputs(request, capacity, num_topk, source_shape=(2,))
+        num_recv, num_forward, per_expert = request.num_worst_tokens, forward_capacity, []
         is_launched = outputs is not None and self._launch(
-            runtime, request, outputs, routing, send_nvl_head, num_experts=num_experts, ticket=ticket
+            runtime, request, outputs, routing, forward_capacity, num_experts=num_experts, ticket=ticket
         )
         if waits:
             counts = runtime.wait_counts(ticket, 0.0 if outputs is not None else self._host_timeout_s)
@@ -194,27 +257,22 @@ class NvshmemNormal(KernelNormal):
                 capacity = size_class(max(counts.num_recv_tokens, 1))
                 forward_capacity = size_class(max(counts.num_forward_rows, 1))
                 del outputs  # its blocks may be what there is no room beside
-                outputs, send_nvl_head = self._outputs_of_known_size(
+                own_heads = torch.empty((forward_capacity, _WIDTH), dtype=torch.int32, device=device)
+                routing = routing._replace(send_nvl_head=own_heads.data_ptr())
+                outputs = self._outputs_of_known_size(
                     runtime, request, capacity, forward_capacity, num_topk, routing, num_experts
                 )
-                self._launch(runtime, request, outputs, routing, send_nvl_head, num_experts=num_experts)
+                self._launch(runtime, request, outputs, routing, forward_capacity, num_experts=num_experts)
             self._capacity, self._forward_capacity = capacity, forward_capacity
             num_recv, per_expert = counts.num_recv_tokens, counts.num_recv_tokens_per_expert
-            send_nvl_head.resize_(counts.num_forward_rows, _WIDTH)
+            num_forward = counts.num_forward_rows
+        # The GPU has its work; everything below takes place meanwhile.
         assert outputs is not None and outputs.src_idx is not None
         outputs.cut(num_recv)
-        _keep_tokens(routing)
-        handle = InternodeHandle(
+        handle = block.handle(
             is_token_in_rank=layout.is_token_in_rank,
-            rdma_channel_prefix_matrix=routing.rdma_channel_prefix,
-            gbl_channel_prefix_matrix=routing.gbl_channel_prefix,
-            recv_rdma_channel_prefix_matrix=routing.recv_rdma_channel_prefix,
-            recv_rdma_rank_prefix_sum=routing.recv_rdma_rank_prefix,
-            recv_gbl_channel_prefix_matrix=routing.recv_gbl_channel_prefix,
-            recv_gbl_rank_prefix_sum=routing.recv_gbl_rank_prefix,
             recv_src_meta=outputs.src_idx.view(torch.uint8),
-            send_rdma_head=routing.send_rdma_head,
-            send_nvl_head=send_nvl_head,
+            send_nvl_head=block.send_nvl_head(num_forward) if own_heads is None else own_heads[:num_forward],
         )
         return DispatchResult(
             recv_x=outputs.x,
@@ -235,17 +293,16 @@ class NvshmemNormal(KernelNormal):
         num_topk: int,
         routing: Routing,
         num_experts: int,
-    ) -> tuple[Outputs, torch.Tensor]:
-        """Blocks for rows whose number is known now, and room for their heads.
+    ) -> Outputs:
+        """Blocks for rows whose number is known now.
 
         The peers are on their way already: where the heap is full they are let down in step, and the next call works.
         """
-        send_nvl_head = _heads(forward_capacity, request.x.device)
         outputs = self._outputs(request, capacity, num_topk, source_shape=(2,))
         if outputs is not None:
-            return outputs, send_nvl_head
+            return outputs
         nothing = Outputs.allocate(request, 0, num_topk, source_shape=(2,))
-        self._launch(runtime, request, nothing, routing, send_nvl_head, num_experts=num_experts)
+        self._launch(runtime, request, nothing, routing, forward_capacity, num_experts=num_experts)
         self._stream.synchronize()
         runtime.clear_error()  # it says what is said here
         raise BufferStateError(f"dispatch: {self._heap_is_full(capacity)}")
@@ -257,31 +314,32 @@ class NvshmemNormal(KernelNormal):
         handle = InternodeHandle.from_tuple(request.handle)
         if too_small := self._window_obstacle(request, 0):
             raise ArgumentError(f"dispatch: {too_small}")
-        num_recv, device = handle.num_recv_tokens, request.x.device
+        num_recv = handle.num_recv_tokens
         outputs = self._outputs(request, size_class(max(num_recv, 1)), 0, source_shape=None)
         if outputs is None:
             raise BufferStateError(f"dispatch: {self._heap_is_full(num_recv)}")
-        nothing = torch.empty(0, dtype=torch.int32, device=device)
         tokens_to_node = _kept_tokens(handle.send_rdma_head)
+        makes_tokens = tokens_to_node == 0
         routing = Routing(
-            send_rdma_head=handle.send_rdma_head,
-            rdma_channel_prefix=handle.rdma_channel_prefix_matrix,
-            gbl_channel_prefix=nothing,
-            recv_rdma_channel_prefix=nothing,
-            recv_rdma_rank_prefix=handle.recv_rdma_rank_prefix_sum,
-            recv_gbl_channel_prefix=nothing,
-            recv_gbl_rank_prefix=handle.recv_gbl_rank_prefix_sum,
-            dst_rows=nothing,
-            tokens_to_node=self._room_for_tokens(handle.num_tokens) if tokens_to_node is None else tokens_to_node,
+            send_nvl_head=handle.send_nvl_head.data_ptr(),
+            send_rdma_head=handle.send_rdma_head.data_ptr(),
+            rdma_channel_prefix=handle.rdma_channel_prefix_matrix.data_ptr(),
+            gbl_channel_prefix=0,
+            recv_rdma_channel_prefix=0,
+            recv_rdma_rank_prefix=handle.recv_rdma_rank_prefix_sum.data_ptr(),
+            recv_gbl_channel_prefix=0,
+            recv_gbl_rank_prefix=handle.recv_gbl_rank_prefix_sum.data_ptr(),
+            dst_rows=0,
+            tokens_to_node=self._room_for_tokens(handle.num_tokens) if makes_tokens else tokens_to_node,
         )
         self._launch(
             runtime,
             request,
             outputs,
             routing,
-            handle.send_nvl_head,
+            handle.send_nvl_head.shape[0],
             num_experts=self._facts.num_ranks,
-            makes_tokens=tokens_to_node is None,
+            makes_tokens=makes_tokens,
         )
         self._num_calls += 1
         outputs.cut(num_recv)
@@ -295,7 +353,7 @@ class NvshmemNormal(KernelNormal):
         request: DispatchRequest,
         outputs: Outputs,
         routing: Routing,
-        send_nvl_head: torch.Tensor,
+        forward_capacity: int,
         *,
         num_experts: int,
         makes_tokens: bool = False,
@@ -319,14 +377,14 @@ class NvshmemNormal(KernelNormal):
             num_topk=topk_idx.shape[1] if topk_idx is not None else 0,
             num_experts=num_experts,
             is_cached=is_cached,
-            dst_rows=routing.dst_rows.data_ptr(),
-            tokens_to_node=routing.tokens_to_node.data_ptr(),
-            unlisted_rdma_head=routing.send_rdma_head.data_ptr() if makes_tokens else 0,
-            rdma_channel_prefix=routing.rdma_channel_prefix.data_ptr(),
-            recv_rdma_rank_prefix=routing.recv_rdma_rank_prefix.data_ptr(),
-            recv_gbl_rank_prefix=routing.recv_gbl_rank_prefix.data_ptr(),
-            send_nvl_head=send_nvl_head.data_ptr(),
-            forward_capacity=send_nvl_head.shape[0],
+            dst_rows=routing.dst_rows,
+            tokens_to_node=routing.tokens_to_node,
+            unlisted_rdma_head=routing.send_rdma_head if makes_tokens else 0,
+            rdma_channel_prefix=routing.rdma_channel_prefix,
+            recv_rdma_rank_prefix=routing.recv_rdma_rank_prefix,
+            recv_gbl_rank_prefix=routing.recv_gbl_rank_prefix,
+            send_nvl_head=routing.send_nvl_head,
+            forward_capacity=forward_capacity,
             recv_x=outputs.x.data_ptr(),
             recv_scales=address_of(outputs.scales),
             recv_topk_idx=address_of(outputs.topk_idx),
@@ -344,18 +402,18 @@ class NvshmemNormal(KernelNormal):
             self._placement = {"recv_x": "in place"}
         return is_launched
 
-    def _room_for_tokens(self, num_tokens: int) -> torch.Tensor:
-        """Room for what a cached dispatch has to find out again, because it was handed clones of a handle's parts.
+    def _room_for_tokens(self, num_tokens: int) -> int:
+        """Where a cached dispatch may list the tokens again, because it was handed clones of a handle's parts.
 
         One dispatch after the other uses it, in the order of the communication stream.
         """
         num_words, device = self._facts.num_nodes * num_tokens, self._facts.device
         if torch.cuda.is_current_stream_capturing():
-            return self._arena.empty_lasting((num_words,), dtype=torch.int32, device=device)
+            return self._arena.empty_lasting((num_words,), dtype=torch.int32, device=device).data_ptr()
         if self._found_tokens is None or self._found_tokens.numel() < num_words:
             with use_stream(self._stream):
                 self._found_tokens = torch.empty(size_class(num_words), dtype=torch.int32, device=device)
-        return self._found_tokens
+        return self._found_tokens.data_ptr()
 
     # --- combine ----------------------------------------------------------------------------------------------------
 
@@ -484,20 +542,22 @@ class NvshmemNormal(KernelNormal):
             self._found_tokens = None
 
 
-def _keep_tokens(routing: Routing) -> None:
-    """Let the handle's send_rdma_head bring its tokens_to_node along, which spares its cached dispatches a kernel.
+class _KeptTokens(NamedTuple):
+    """A list of tokens made by one dispatch.
 
-    The version says whether somebody has written to the handle since, as with a later handle copied into this one.
-    Tensors of inference mode have none.
+    The version is that of the handle's part that carries it. It says whether somebody has written to the handle since,
+    as with a later handle copied into this one.
     """
-    head = routing.send_rdma_head
-    if not head.is_inference():
-        setattr(head, _TOKENS, (routing.tokens_to_node, head._version))
+
+    block: torch.Tensor  # in which the list lies
+    address: int
+    version: int
 
 
-def _kept_tokens(send_rdma_head: torch.Tensor) -> torch.Tensor | None:
-    tokens, version = getattr(send_rdma_head, _TOKENS, (None, 0))
-    return tokens if tokens is not None and version == send_rdma_head._version else None
+def _kept_tokens(send_rdma_head: torch.Tensor) -> int:
+    """Address of the tokens_to_node that the handle's part has brought along; 0 for none."""
+    kept: _KeptTokens | None = getattr(send_rdma_head, _TOKENS, None)
+    return kept.address if kept is not None and kept.version == send_rdma_head._version else 0
 
 
 def default_window_mb(num_nodes: int) -> float:
@@ -520,7 +580,3 @@ def _agreed_ring_bytes(facts: GroupFacts, options: BufferOptions) -> int:
             phase="construction",
         )
     return own
-
-
-def _heads(num_rows: int, device: torch.device) -> torch.Tensor:
-    return torch.empty((num_rows, _WIDTH), dtype=torch.int32, device=device)
