@@ -27,5 +27,53 @@ __device__ __forceinline__ int choose_lane(uint32_t mask, int warp) {
     return (__ffs(static_cast<int>(__funnelshift_r(mask, mask, shift))) - 1 + shift) % 32;
 }
 
+// Work in the order in which one warp posts it; the other warps of its block take the oldest. All in shared memory, the counters zero at the start.
+struct WorkQueue {
+    int32_t* order;  // [capacity]
+    int capacity;    // at least as many as there can be at a time, posted and not yet done
+    uint32_t* num_posted;
+    uint32_t* num_taken;
+    int32_t* is_over;
+
+    // By the posting warp: lanes that have work post its number. What they have acquired, and stored, is there for whoever takes it.
+    __device__ void post(bool has_work, int number) const {
+        const uint32_t mask = __ballot_sync(~0u, has_work), lane = threadIdx.x % 32;
+        if (mask == 0) return;
+        const uint32_t before = *num_posted;  // this warp's own
+        if (has_work) poke(order + (before + __popc(mask & ((1u << lane) - 1))) % capacity, number);
+        __threadfence_block();
+        __syncwarp();
+        if (lane == 0) poke(num_posted, before + __popc(mask));
+        __syncwarp();
+    }
+    // By the posting warp: no more will come.
+    __device__ void end() const {
+        __syncwarp();
+        if (threadIdx.x % 32 == 0) {
+            __threadfence_block();
+            poke(is_over, 1);
+        }
+    }
+    // By a whole warp. Read before a look for work: if that finds nothing, there is no more.
+    __device__ bool has_ended() const { return peek_as_warp(is_over) != 0; }
+    // By a whole warp: the oldest work that nobody has taken; -1: there is none.
+    __device__ int take() const {
+        int number = -1;
+        if (threadIdx.x % 32 == 0) {
+            uint32_t taken = peek(num_taken);
+            while (taken != peek(num_posted)) {
+                const uint32_t seen = atomicCAS(num_taken, taken, taken + 1);
+                if (seen == taken) {
+                    __threadfence_block();
+                    number = peek(order + taken % capacity);
+                    break;
+                }
+                taken = seen;
+            }
+        }
+        return __shfl_sync(~0u, number, 0);
+    }
+};
+
 }  // namespace
 }  // namespace deepep::internode

@@ -13,32 +13,64 @@ namespace {
 
 constexpr int kCombineOp = static_cast<int>(Op::kCombine);
 constexpr int kNumRequestWarps = 1;
-constexpr int kNumCombineWarps = 20;  // of all roles together
+constexpr int kNumCombineWarps = 16;  // of all roles together
 constexpr int kMaxCombineNodes = 64;
 constexpr int kNumBiases = 2;
 
 using PartialAddends = Addends<kMaxNodeRanks>;
 using ResultAddends = Addends<kNumBiases + kMaxCombineNodes>;
 
-// Everything that belongs to slot k (of any node, at either end of a stream) is served by block k % num_blocks. So block i of one rank needs
-// block i of other ranks and no other, and the lowest unfinished block of the group never waits for a block that is not running: blocks are
-// numbered in the order in which they start.
+// Slot k (of any node, at either end of a stream) belongs to place k % num_places. Blocks are numbered in the order in which they start, and so are
+// the places of their forwarders: the lowest unfinished place of the group never waits for one that nobody serves.
 struct BlockSlots {
-    int block;
-    int num_blocks;
+    int place;
+    int num_places;
     int count;  // of one ring
 
-    __device__ BlockSlots(int block_number, int num_slots)
-        : block(block_number), num_blocks(gridDim.x), count(block_number < num_slots ? (num_slots - 1 - block_number) / num_blocks + 1 : 0) {}
-    __device__ int slot(int i) const { return block + i * num_blocks; }
+    __device__ BlockSlots(const CombineArgs& args, int place) : place(place), num_places(args.num_places), count(0) {
+        if (place < args.geometry.num_slots) count = (args.geometry.num_slots - 1 - place) / num_places + 1;
+    }
+    __device__ int slot(int i) const { return place + i * num_places; }
 };
+
+// Whether the caller collects for a place: the first one to ask does. By one thread.
+__device__ inline bool takes_collecting(const CombineArgs& args, uint32_t epoch, int place) {
+    unsigned long long* word = args.domain.collected + place;
+    const unsigned long long before = peek(word);
+    return signal_epoch(before) != epoch && atomicCAS(word, before, signal_word(epoch, 1)) == before;
+}
 
 // Contexts of a block (one slot of one other node's ring) are numbered slot by slot; within a slot the other nodes, each rank beginning with the
 // one behind its own.
-__device__ __forceinline__ int other_node(const Group& group, int other) {
-    const int node = group.node() + 1 + other;
-    return node >= group.num_nodes() ? node - group.num_nodes() : node;
-}
+struct BlockContexts {
+    const CombineArgs& args;
+    const WaitContext& context;
+    BlockSlots slots;
+
+    __device__ int num_others() const { return args.domain.group.num_nodes() - 1; }
+    __device__ int count() const { return slots.count * num_others(); }
+    __device__ int place_of(int index) const { return index / num_others(); }  // among the block's slots
+    __device__ int slot_of(int index) const { return slots.slot(place_of(index)); }
+    __device__ int node_of(int index) const {
+        const Group& group = args.domain.group;
+        const int node = group.node() + 1 + index % num_others();
+        return node >= group.num_nodes() ? node - group.num_nodes() : node;
+    }
+    __device__ int peer_of(int index) const { return args.domain.group.peer_of(node_of(index)); }
+    // What the context's node asks of this rank.
+    __device__ const uint64_t* request_word(int index) const {
+        return args.domain.window.request(args.domain.network, context.epoch, node_of(index)) + slot_of(index);
+    }
+    // Where the answer goes, at that node.
+    __device__ uint8_t* target(int index) const {
+        return args.domain.window.receive_ring(args.domain.network, node_of(index), args.domain.group.node()) + args.geometry.slot_offset(slot_of(index));
+    }
+    // By the whole warp: bytes with which the answer is complete, and the word that says so.
+    __device__ void put_with_word(int index, uint8_t* to, const uint8_t* from, int64_t num_bytes, int64_t begin) const {
+        network::put_chunk(to, from, num_bytes, args.domain.window.full(args.domain.network, NetworkWindow::kCombineFull, args.domain.group.node()) + slot_of(index),
+                           chunk_word(context.epoch, begin), peer_of(index));
+    }
+};
 
 // The row at the rank that this lane stands for, or -1 where there is none within what that rank has granted.
 __device__ __forceinline__ int32_t held_head(const CombineArgs& args, const WaitContext& context, const nvlink::Handshake& handshake, int32_t head) {
@@ -50,10 +82,10 @@ __device__ __forceinline__ int32_t held_head(const CombineArgs& args, const Wait
     return -1;
 }
 
-// Lists the rows of a token at the ranks of this node that hold it, in rank order, each from byte `begin` on; returns how many. `head` is the row at the
-// rank that this lane stands for, or -1. Called by a whole warp.
+// Lists the rows of a token at the ranks of this node that hold it, in rank order; returns how many. `head` is the row at the rank that this lane stands
+// for, or -1. Called by a whole warp.
 __device__ __forceinline__ int list_over_node(const CombineArgs& args, const WaitContext& context, const nvlink::Handshake& handshake,
-                                              PartialAddends& addends, int32_t head, int64_t begin = 0) {
+                                              PartialAddends& addends, int32_t head) {
     const int lane = threadIdx.x % 32;
     const nvlink::Grant& grant = handshake.grants[lane % kMaxNodeRanks];
     const bool is_held = held_head(args, context, handshake, head) >= 0;
@@ -61,29 +93,25 @@ __device__ __forceinline__ int list_over_node(const CombineArgs& args, const Wai
     __syncwarp();  // all lanes have read the list of the row before
     if (is_held) {
         const int place = __popc(mask & ((1u << lane) - 1));
-        addends.rows[place] = grant.rows + head * args.message.num_row_bytes + begin;
+        addends.rows[place] = grant.rows + head * args.message.num_row_bytes;
         addends.weights[place] = reinterpret_cast<const float*>(grant.weights) + static_cast<int64_t>(head) * args.num_topk;
     }
     __syncwarp();
     return __popc(mask);
 }
 
-// Sums so many bytes of what is listed into `out`, and the weights, if they are wanted. Called by a whole warp.
-__device__ __forceinline__ void sum_listed(const CombineArgs& args, const PartialAddends& addends, int num_rows, int num_bytes, uint8_t* out, float* out_weights) {
-    const int lane = threadIdx.x % 32, num_weights = out_weights == nullptr ? 0 : args.num_topk;
+// Sums what is listed into `out`, and the weights. Called by a whole warp.
+__device__ __forceinline__ void sum_listed(const CombineArgs& args, const PartialAddends& addends, int num_rows, uint8_t* out, float* out_weights) {
+    const int lane = threadIdx.x % 32, num_weights = args.num_topk;
     // Reads across NVLink take microseconds: those of the weights (lane = choice) are under way while the rows are summed.
     float weights[kMaxNodeRanks];
 #pragma unroll
     for (int i = 0; i < kMaxNodeRanks; ++i) weights[i] = lane < num_weights && i < num_rows ? addends.weights[i][lane] : 0.0f;
-    sum_rows(addends.rows, num_rows, num_bytes, out);
+    sum_rows(addends.rows, num_rows, static_cast<int>(args.message.num_row_bytes), out);
     float sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < kMaxNodeRanks; ++i) sum = __fadd_rn(sum, weights[i]);  // adding +0 changes no sum that starts from +0
     if (lane < num_weights) out_weights[lane] = sum;
-}
-
-__device__ __forceinline__ void sum_listed(const CombineArgs& args, const PartialAddends& addends, int num_rows, uint8_t* out, float* out_weights) {
-    sum_listed(args, addends, num_rows, static_cast<int>(args.message.num_row_bytes), out, out_weights);
 }
 
 // The row at each local rank of forwarded row f: lane r asks for rank r.

@@ -1,11 +1,16 @@
 #pragma once
-// Source warps: this rank's tokens. Block b is a run of tokens; it uses slot b % num_slots of every other node's ring.
+// Collecting: this rank's tokens. Block b is a run of tokens; it uses slot b % num_slots of every other node's ring.
 //
-//   request  the rows of the block that each other node holds (at the start for the first block of every slot, later when its slot is free).
-//            One warp of the block makes all requests: its fence waits for what the whole SM has under way, which would hold up a source warp
-//   own      the partial sum of this node, into the output: needs nothing from other nodes and runs while their answers are on their way
-//   result   biases and partial sums, node by node, into the output
+//   request  the rows of the block that each other node holds: at the start for the first block of every slot, later when its slot is free
+//   answers  have come from all nodes that were asked
+//   result   biases and partial sums, node by node, into the output. That of the own node is made on the way, of the rows at its ranks
+//
+// One warp makes all requests and looks for all answers: its fence waits for what the whole SM has under way, and a look at a word takes long. It posts blocks whose answers
+// have come, with all that is to be known of their rows; source warps take them and never wait for another rank.
+// Bulk loads bring what is to be added up into a warp's stages, part of a row by part of a row. Without bulk copies, and for tokens of more addends than there are
+// stages, it is loaded where it is used.
 #include "combine_parts.cuh"
+#include "combine_stages.cuh"
 #include "internode/trace.cuh"
 
 namespace deepep::internode {
@@ -17,227 +22,415 @@ struct NodeRows {
     int32_t count;
 };
 
-// What a source warp keeps of the block that it works on, in shared memory.
+// What a token's result is made of: biases, then, node by node, the partial sums of other nodes and the rows of this one, which make a partial sum of their own.
+struct TokenAddends {
+    const uint8_t* rows[kNumBiases + kMaxCombineNodes + kMaxNodeRanks];
+    const float* weights[kMaxCombineNodes + kMaxNodeRanks];  // of what comes behind the biases
+};
+
+// What a source warp keeps, in shared memory: of its next token, and of the oldest part in its stages.
 struct SourceScratch {
-    ResultAddends addends;
-    NodeRows node_rows[kMaxCombineNodes];
-    // Of each token, what this node adds: the partial sum in the output, or the only row that there is.
-    const uint8_t* own_rows[kMaxChunkRows];
-    const float* own_weights[kMaxChunkRows];
+    TokenAddends addends;
+    const uint8_t* staged[kMaxAddendStages];
 };
 
-// Rows of the tokens [begin, end) at a node, by one lane.
-__device__ inline NodeRows rows_at(const CombineArgs& args, int64_t begin, int64_t end, int node) {
-    NodeRows rows{-1, 0};
-    const int num_nodes = args.domain.group.num_nodes();
-#pragma unroll 4
-    for (int64_t token = begin; token < end; ++token) {
-        const int32_t row = args.send_rdma_head[token * num_nodes + node];
-        if (row >= 0 && rows.count++ == 0) rows.begin = row;
-    }
-    return rows;
-}
-
-// What the source warps of a block share, in shared memory; all zero at the start.
+// What is kept of a block's slots, in shared memory; `asked`, `posted` and `finished` zero at the start.
 struct Collection {
-    int32_t* num_taken;         // blocks that warps have taken
-    int32_t* num_warps_ended;
-    int32_t* finished;          // of each slot: blocks that have been added up
-    int32_t* asked;             // of each context: blocks asked for (by the request warp alone)
+    int32_t* asked;     // of each slot: blocks asked for
+    int32_t* posted;    // blocks whose answers have come
+    int32_t* finished;  // blocks that have been added up
+    int32_t* words;     // of each slot: of its block, what each node holds, and of each token its row at the rank of each node that forwards it (of this node's, where
+                        // it lies at each rank)
+    WorkQueue queue;    // of slots
+
+    __device__ NodeRows* node_rows(const CombineArgs& args, int i) const { return reinterpret_cast<NodeRows*>(words + i * args.num_slot_words); }
+    // [tokens, D]
+    __device__ int32_t* rows(const CombineArgs& args, int i) const { return words + i * args.num_slot_words + 2 * args.domain.group.num_nodes(); }
+    // [tokens, P]
+    __device__ int32_t* heads(const CombineArgs& args, int i) const { return rows(args, i) + args.geometry.num_slot_rows * args.domain.group.num_nodes(); }
 };
 
-// Makes the block's requests until each context has had its last, or the source warps have ended and nothing can be asked for (they have given up).
-__device__ inline void make_requests(const CombineArgs& args, const WaitContext& context, const Collection& collection, const BlockSlots& slots) {
-    constexpr int32_t kOver = 0x7FFFFFFF;
-    constexpr unsigned kIdleNs = 100;
-    const Domain& domain = args.domain;
-    const Stream stream = Stream::of(args.geometry, args.num_tokens);
-    const int lane = threadIdx.x % 32, num_others = domain.group.num_nodes() - 1, num_contexts = slots.count * num_others;
-    while (true) {
-        const bool is_last_pass = peek_as_warp(collection.num_warps_ended) == args.num_source_warps;  // read first
-        __threadfence_block();
-        bool has_asked = false, is_over = true;
-        for (int first = 0; first < num_contexts; first += 32) {
-            const int index = first + lane, i = index / num_others;
-            const int32_t asked = index < num_contexts ? collection.asked[index] : kOver;
-            const bool is_due = asked != kOver && asked <= peek(collection.finished + i);
-            is_over = is_over && !__any_sync(~0u, asked != kOver);
-            if (!__any_sync(~0u, is_due)) continue;
-            has_asked = true;
-            // The loads of the slots that are given back have ended: each source warp's come before its word in shared memory.
-            ptx::fence_acq_rel_sys();
-            if (!is_due) continue;
-            const int node = other_node(domain.group, index % num_others), slot = slots.slot(i);
-            const int64_t block = slot + static_cast<int64_t>(asked) * args.geometry.num_slots;
-            uint64_t* word = domain.window.request(domain.network, context.epoch, domain.group.node()) + slot;
-            if (block >= stream.num_chunks()) {
-                network::set_word(word, Request{0, 0, true}.word(context.epoch), domain.group.peer_of(node));
-                collection.asked[index] = kOver;
+class RequestWarp {
+public:
+    __device__ RequestWarp(const CombineArgs& args, const WaitContext& context, const Collection& collection, const BlockSlots& slots)
+        : args_(args), context_(context), collection_(collection), slots_(slots), stream_(Stream::of(args.geometry, args.num_tokens)),
+          num_blocks_(stream_.num_chunks()), num_nodes_(args.domain.group.num_nodes()), own_node_(args.domain.group.node()) {}
+
+    // Until each slot has had its last request.
+    __device__ void run() const {
+        constexpr unsigned kIdleNs = 100;
+        const int lane = threadIdx.x % 32;
+        uint64_t idle_since_ns = 0;
+        for (uint32_t poll = 1;; ++poll) {
+            bool is_over = true, has_moved = false;
+            int waits_in = -1, waits_for = -1;  // a slot of this lane, and the node that has not answered
+            for (int first = 0; first < slots_.count; first += 32) {
+                const int i = first + lane;
+                int32_t asked = i < slots_.count ? collection_.asked[i] : kOver;
+                const bool is_due = asked != kOver && asked == peek(collection_.finished + i);
+                if (__any_sync(~0u, is_due)) {
+                    // The loads of the slots that are given back have ended: each source warp's come before its word in shared memory.
+                    ptx::fence_acq_rel_sys();
+                    if (is_due) collection_.asked[i] = asked = ask(i, asked);
+                    has_moved = true;
+                }
+                bool is_ready = false;
+                if (asked != kOver && collection_.posted[i] != asked) {
+                    const int node = missing(i);
+                    is_ready = node < 0;
+                    if (is_ready) {
+                        collection_.posted[i] = asked;
+                    } else {
+                        waits_in = i;
+                        waits_for = node;
+                    }
+                }
+                is_over = is_over && !__any_sync(~0u, asked != kOver);
+                has_moved = __any_sync(~0u, is_ready) || has_moved;
+                collection_.queue.post(is_ready, i);
+            }
+            if (is_over) break;
+            if (has_moved) {
+                idle_since_ns = 0;
+                poll = 0;
                 continue;
             }
-            const int64_t begin = stream.first_row(block);
-            const NodeRows rows = rows_at(args, begin, begin + stream.rows_of(block), node);
-            if (rows.count > 0) network::set_word(word, Request{rows.begin, rows.count, false}.word(context.epoch), domain.group.peer_of(node));
-            collection.asked[index] = asked + 1;
+            __nanosleep(kIdleNs);
+            if (poll % kPollsPerCheck != 0) continue;
+            const uint32_t waiting = __ballot_sync(~0u, waits_for >= 0);
+            bool is_hopeless = false;
+            if (lane == __ffs(static_cast<int>(waiting)) - 1)
+                is_hopeless = wait_is_hopeless(context_, Phase::kWindow, args_.domain.group.peer_of(waits_for), ptx::load_relaxed_sys(answer_word(waits_in, waits_for)),
+                                               answer_to(waits_in, waits_for), &idle_since_ns);
+            if (__any_sync(~0u, is_hopeless)) break;
         }
-        // Blocks of which a node holds nothing are added up without a request, so this warp may lag behind the last source warp.
-        if (is_over || (is_last_pass && !has_asked)) return;
-        if (!has_asked) __nanosleep(kIdleNs);
+        collection_.queue.end();
     }
-}
+
+private:
+    static constexpr int32_t kOver = 0x7FFFFFFF;
+
+    // By one lane: asks for the next block of a slot, or for no more; what `asked` becomes.
+    __device__ int32_t ask(int i, int32_t asked) const {
+        const Domain& domain = args_.domain;
+        uint64_t* word = domain.window.request(domain.network, context_.epoch, own_node_) + slots_.slot(i);
+        const int64_t block = slots_.slot(i) + static_cast<int64_t>(asked) * args_.geometry.num_slots;
+        const bool is_last = block >= num_blocks_;
+        const int64_t begin = stream_.first_row(block);
+        const int num_tokens = is_last ? 0 : stream_.rows_of(block);
+        int32_t* rows = collection_.rows(args_, i);
+#pragma unroll 4
+        for (int k = 0; k < num_tokens * num_nodes_; ++k) rows[k] = args_.send_rdma_head[begin * num_nodes_ + k];
+        NodeRows* node_rows = collection_.node_rows(args_, i);
+        node_rows[own_node_] = {-1, 0};
+        for (int other = 1; other < num_nodes_; ++other) {
+            const int node = own_node_ + other < num_nodes_ ? own_node_ + other : own_node_ + other - num_nodes_;
+            NodeRows held{-1, 0};
+            for (int token = 0; token < num_tokens; ++token) {
+                const int32_t row = rows[token * num_nodes_ + node];
+                if (row >= 0 && held.count++ == 0) held.begin = row;
+            }
+            node_rows[node] = held;
+            if (is_last || held.count > 0)
+                network::set_word(word, Request{is_last ? 0 : held.begin, held.count, is_last}.word(context_.epoch), domain.group.peer_of(node));
+        }
+        if (is_last) return kOver;
+        find_own_rows(i, num_tokens);
+        return asked + 1;
+    }
+
+    __device__ void find_own_rows(int i, int num_tokens) const {
+        const int num_ranks = args_.domain.group.ranks_per_node;
+        const int32_t* rows = collection_.rows(args_, i);
+        int32_t* heads = collection_.heads(args_, i);
+        for (int token = 0; token < num_tokens; ++token) {
+            const int32_t row = rows[token * num_nodes_ + own_node_];
+            const bool is_held = row >= 0 && row < args_.num_forward_rows;
+            if (row >= 0 && !is_held) report_error(context_, ErrorKind::kOverflow, Phase::kRows, args_.domain.group.rank, row, args_.num_forward_rows, 0);
+            for (int rank = 0; rank < num_ranks; ++rank)
+                heads[token * num_ranks + rank] = is_held ? args_.send_nvl_head[static_cast<int64_t>(row) * kMaxNodeRanks + rank] : -1;
+        }
+    }
+
+    __device__ const uint64_t* answer_word(int i, int node) const {
+        return args_.domain.window.full(args_.domain.network, NetworkWindow::kCombineFull, node) + slots_.slot(i);
+    }
+    __device__ uint64_t answer_to(int i, int node) const { return chunk_word(context_.epoch, collection_.node_rows(args_, i)[node].begin); }
+
+    // By one lane: a node that has not answered; -1: all have, and their answers may be read by whoever learns of it.
+    __device__ int missing(int i) const {
+        const NodeRows* node_rows = collection_.node_rows(args_, i);
+        int node = -1;
+#pragma unroll 4
+        for (int other = 0; other < num_nodes_; ++other)
+            if (node_rows[other].count > 0 && ptx::load_relaxed_sys(answer_word(i, other)) != answer_to(i, other)) node = other;
+        if (node >= 0) return node;
+#pragma unroll 4
+        for (int other = 0; other < num_nodes_; ++other)
+            if (node_rows[other].count > 0) static_cast<void>(ptx::load_acquire_sys(answer_word(i, other)));
+        return -1;
+    }
+
+    const CombineArgs& args_;
+    const WaitContext& context_;
+    const Collection& collection_;
+    const BlockSlots slots_;
+    const Stream stream_;
+    const int64_t num_blocks_;
+    const int num_nodes_;
+    const int own_node_;
+};
+
+// Part of a result, in as many stages as it has addends.
+struct alignas(16) ResultPart {
+    uint8_t* out;
+    int32_t num_bytes;
+    int16_t num_addends;
+    int16_t own_first;  // those of them that are rows of this node
+    int16_t num_own;
+    int16_t is_last;    // of its block
+    int32_t place;      // the block's slot, as this SM counts them, and how often it was used before
+    int32_t round;
+};
 
 class SourceWarp {
 public:
     __device__ SourceWarp(const CombineArgs& args, const WaitContext& context, const nvlink::Handshake& handshake, SourceScratch& scratch,
-                          PartialAddends& own_addends, const Collection& collection, const BlockSlots& slots)
-        : args_(args), context_(context), handshake_(handshake), scratch_(scratch), own_addends_(own_addends), collection_(collection), slots_(slots),
-          stream_(Stream::of(args.geometry, args.num_tokens)), lane_(threadIdx.x % 32), num_nodes_(args.domain.group.num_nodes()),
+                          const Collection& collection, const BlockSlots& slots, const AddendStages& stages, ResultPart* parts)
+        : args_(args), context_(context), handshake_(handshake), scratch_(scratch), collection_(collection), slots_(slots),
+          stream_(Stream::of(args.geometry, args.num_tokens)), stages_(stages), parts_(parts), lane_(threadIdx.x % 32), num_nodes_(args.domain.group.num_nodes()),
           own_node_(args.domain.group.node()) {}
 
-    // Blocks are taken in their order, slot after slot: the one before in the same slot was taken earlier, so the wait for this one ends.
+    // No deadline: the warp that looks for answers has one, and says so.
     __device__ void run() {
-        collect();
-        __syncwarp();
-        if (lane_ == 0) {
-            __threadfence_block();
-            atomicAdd(collection_.num_warps_ended, 1);
+        constexpr unsigned kIdleNs = 50;
+#if DEEPEP_HAS_BULK
+        if (has_stages()) {
+            ptx::fence_async_global();  // READY, acquired by this block, permits the bulk loads of all lanes
+            stages_.prepare();
+        }
+#endif
+        while (true) {
+            const bool is_over = collection_.queue.has_ended();
+            bool has_moved = false;
+            while ((token_ < end_ || next_block()) && load_part()) has_moved = true;
+            DEEPEP_TRACE(if (lane_ == 0) spans_.spend(kLoading));
+            if (stages_.num_in_flight > 0) {
+                sum_part();
+                DEEPEP_TRACE(if (lane_ == 0) spans_.spend(kPassing));
+            } else if (!has_moved) {
+                if (is_over) return;
+                __nanosleep(kIdleNs);
+                DEEPEP_TRACE(if (lane_ == 0) spans_.spend(kIdling));
+            }
         }
     }
 
 private:
-    __device__ void collect() {
-        const int64_t num_blocks = stream_.num_chunks();
-        while (slots_.count > 0) {
-            int taken = 0;
-            if (lane_ == 0) taken = atomicAdd(collection_.num_taken, 1);
-            taken = __shfl_sync(~0u, taken, 0);
-            const int round = taken / slots_.count, i = taken - round * slots_.count, slot = slots_.slot(i);
-            const int64_t first = static_cast<int64_t>(round) * args_.geometry.num_slots, block = first + slot;
-            if (first >= num_blocks) return;
-            if (block >= num_blocks) continue;
-            const int64_t begin = stream_.first_row(block), end = begin + stream_.rows_of(block);
-            find_rows(begin, end);
-            sum_own(begin, end);
-            if (!wait_turn(i, round) || !wait_answers(slot)) return;
-            for (int64_t token = begin; token < end; ++token) sum_result(token, static_cast<int>(token - begin), slot);
-            __syncwarp();
-            if (lane_ == 0) {
-                __threadfence_block();  // joins the loads of the slot to the request warp's fence
-                poke(collection_.finished + i, round + 1);
-                DEEPEP_TRACE(stamp_first(kBlockCollected), stamp_last(kBlockCollected), count_moved(kMovedByReceivers));
-            }
+    __device__ bool has_stages() const { return args_.collect.num_stages > 0; }
+
+    // --- blocks -----------------------------------------------------------------------------------------------------
+
+    __device__ bool next_block() {
+        place_ = collection_.queue.take();
+        if (place_ < 0) return false;
+        round_ = peek_as_warp(collection_.asked + place_) - 1;
+        slot_ = slots_.slot(place_);
+        const int64_t block = slot_ + static_cast<int64_t>(round_) * args_.geometry.num_slots;
+        token_ = begin_ = stream_.first_row(block);
+        end_ = begin_ + stream_.rows_of(block);
+        is_token_open_ = false;
+#if DEEPEP_HAS_BULK
+        ptx::fence_async_global();  // FULL, acquired by the request warp and joined by the queue, permits bulk loads
+#endif
+        return true;
+    }
+
+    // By the whole warp, which has loaded all of the block.
+    __device__ void finish_block(int place, int round) const {
+        __syncwarp();
+        if (lane_ == 0) {
+            __threadfence_block();  // joins the loads of the slot to the request warp's fence
+            poke(collection_.finished + place, round + 1);
+            DEEPEP_TRACE(stamp_first(kBlockCollected), stamp_last(kBlockCollected), count_moved(kMovedByReceivers));
         }
     }
 
-    // Blocks of a slot are finished in their order, and a block is asked for only when the one before is finished. No deadline: the warp that has
-    // the block before waits for other ranks, and knows for whom.
-    __device__ bool wait_turn(int i, int round) const {
-        for (uint32_t poll = 1;; ++poll) {
-            if (peek_as_warp(collection_.finished + i) == round) return true;
-            if (poll % kPollsPerCheck == 0 && __any_sync(~0u, has_failed(context_))) return false;
-        }
-    }
+    // --- tokens -----------------------------------------------------------------------------------------------------
 
-    __device__ int32_t row_at(int64_t token, int node) const { return args_.send_rdma_head[token * num_nodes_ + node]; }
+    __device__ uint8_t* out_row() const { return args_.out + token_ * args_.message.num_row_bytes; }
 
-    // Lane = node.
-    __device__ void find_rows(int64_t begin, int64_t end) {
-        __syncwarp();  // all lanes have done with the rows of the block before
-        for (int node = lane_; node < num_nodes_; node += 32) scratch_.node_rows[node] = node == own_node_ ? NodeRows{-1, 0} : rows_at(args_, begin, end, node);
-    }
-
-    __device__ bool wait_answers(int slot) {
-        const Domain& domain = args_.domain;
-        bool is_here = true;
-        for (int node = lane_; node < num_nodes_; node += 32) {
-            const NodeRows rows = scratch_.node_rows[node];
-            if (rows.count > 0)
-                is_here = wait_exact(context_, domain.window.full(domain.network, NetworkWindow::kCombineFull, node) + slot,
-                                     chunk_word(context_.epoch, rows.begin), Phase::kWindow, domain.group.peer_of(node)) && is_here;
-        }
-        return __all_sync(~0u, is_here);
-    }
-
-    __device__ uint8_t* out_row(int64_t token) const { return args_.out + token * args_.message.num_row_bytes; }
-    __device__ float* out_weights(int64_t token) const { return args_.out_topk_weights + token * args_.num_topk; }
-
-    // What this node holds of a token: its row at each local rank (lane = rank).
-    struct OwnRow {
-        bool is_held = false;
-        int32_t head = -1;
-    };
-    __device__ OwnRow own_row(int64_t token) const {
-        const int32_t row = row_at(token, own_node_);
-        if (row < 0) return {};
-        if (row < args_.num_forward_rows) return {true, head_of(args_, row)};
-        if (lane_ == 0) report_error(context_, ErrorKind::kOverflow, Phase::kRows, args_.domain.group.rank, row, args_.num_forward_rows, 0);
-        return {};
-    }
-    __device__ void sum_own(int64_t begin, int64_t end) {
-        OwnRow row = own_row(begin);
-        for (int64_t token = begin; token < end; ++token) {
-            const OwnRow next = token + 1 < end ? own_row(token + 1) : OwnRow{};  // under way while this token is summed
-            if (row.is_held) {
-                const int num_rows = list_over_node(args_, context_, handshake_, own_addends_, row.head);
-                // A single row is its own partial sum: rounding does not change it, and no sum that starts from +0 tells -0 from +0.
-                if (num_rows != 1) sum_listed(args_, own_addends_, num_rows, out_row(token), out_weights(token));
-                if (lane_ == 0) {
-                    scratch_.own_rows[token - begin] = num_rows == 1 ? own_addends_.rows[0] : out_row(token);
-                    scratch_.own_weights[token - begin] = num_rows == 1 ? own_addends_.weights[0] : out_weights(token);
-                }
-            }
-            row = next;
-        }
-    }
-
-    __device__ void sum_result(int64_t token, int place_in_block, int slot) {
-        const Domain& domain = args_.domain;
-        int num_rows = 0, num_partials = 0;
-        bool has_own = false;
-        __syncwarp();  // the list of the token before has been read; the own node's partial sum has been written
-        if (args_.bias_0 != nullptr) scratch_.addends.rows[num_rows++] = args_.bias_0 + token * args_.message.num_row_bytes;
-        if (args_.bias_1 != nullptr) scratch_.addends.rows[num_rows++] = args_.bias_1 + token * args_.message.num_row_bytes;
+    // Lists what the next token's result is made of.
+    __device__ void open_token() {
+        const int at = static_cast<int>(token_ - begin_), num_ranks = args_.domain.group.ranks_per_node;
+        const NodeRows* node_rows = collection_.node_rows(args_, place_);
+        TokenAddends& addends = scratch_.addends;
+        const int num_biases = (args_.bias_0 != nullptr) + (args_.bias_1 != nullptr);
+        __syncwarp();  // the list of the token before has been read
+        if (lane_ < num_biases)
+            addends.rows[lane_] = (lane_ == 0 && args_.bias_0 != nullptr ? args_.bias_0 : args_.bias_1) + token_ * args_.message.num_row_bytes;
+        const int32_t held = held_head(args_, context_, handshake_, lane_ < num_ranks ? collection_.heads(args_, place_)[at * num_ranks + lane_] : -1);
+        const uint32_t holders = __ballot_sync(~0u, held >= 0);
+        num_own_ = __popc(holders);
+        own_first_ = num_biases;
+        int num_listed = num_biases;
         for (int first = 0; first < num_nodes_; first += 32) {
             const int node = first + lane_;
-            const int32_t row = node < num_nodes_ ? row_at(token, node) : -1;
-            const bool is_own = node == own_node_ && row >= 0 && row < args_.num_forward_rows;
-            const int64_t index = row < 0 || node == own_node_ ? 0 : static_cast<int64_t>(row) - scratch_.node_rows[node].begin;
-            const bool is_good = index >= 0 && (node >= num_nodes_ || node == own_node_ || row < 0 || index < scratch_.node_rows[node].count);
-            if (!is_good)  // the handle's rows do not rise by one
-                report_error(context_, ErrorKind::kBadCount, Phase::kRows, domain.group.peer_of(node), row, scratch_.node_rows[node].begin, 0);
-            const bool is_remote = node != own_node_ && row >= 0 && is_good;
-            const uint32_t mask = __ballot_sync(~0u, is_own || is_remote);
-            const int place = __popc(mask & ((1u << lane_) - 1));
-            if (is_own) {
-                scratch_.addends.rows[num_rows + place] = scratch_.own_rows[place_in_block];
-                scratch_.addends.weights[num_partials + place] = scratch_.own_weights[place_in_block];
-            } else if (is_remote) {
-                const uint8_t* message = domain.window.receive_ring(domain.network, own_node_, node) + args_.geometry.slot_offset(slot) +
+            const int32_t row = node < num_nodes_ && node != own_node_ ? collection_.rows(args_, place_)[at * num_nodes_ + node] : -1;
+            const int64_t index = row < 0 ? 0 : static_cast<int64_t>(row) - node_rows[node].begin;
+            const bool is_good = row >= 0 && index >= 0 && index < node_rows[node].count;
+            if (row >= 0 && !is_good)  // the handle's rows do not rise by one
+                report_error(context_, ErrorKind::kBadCount, Phase::kRows, args_.domain.group.peer_of(node), row, node_rows[node].begin, 0);
+            const uint32_t mask = __ballot_sync(~0u, is_good), mask_before_own = __ballot_sync(~0u, is_good && node < own_node_);
+            if (is_good) {
+                const int place = num_listed + __popc(mask & ((1u << lane_) - 1)) + (node > own_node_ ? num_own_ : 0);
+                const uint8_t* message = args_.domain.window.receive_ring(args_.domain.network, own_node_, node) + args_.geometry.slot_offset(slot_) +
                                          index * args_.geometry.num_message_bytes;
-                scratch_.addends.rows[num_rows + place] = message;
-                scratch_.addends.weights[num_partials + place] = reinterpret_cast<const float*>(message + args_.message.weights_offset());
+                addends.rows[place] = message;
+                addends.weights[place - num_biases] = reinterpret_cast<const float*>(message + args_.message.weights_offset());
             }
-            has_own = has_own || __any_sync(~0u, is_own);
-            num_rows += __popc(mask);
-            num_partials += __popc(mask);
+            num_listed += __popc(mask);
+            own_first_ += __popc(mask_before_own);
+        }
+        if (held >= 0) {
+            const nvlink::Grant& grant = handshake_.grants[lane_ % kMaxNodeRanks];
+            const int place = own_first_ + __popc(holders & ((1u << lane_) - 1));
+            addends.rows[place] = grant.rows + held * args_.message.num_row_bytes;
+            addends.weights[place - num_biases] = reinterpret_cast<const float*>(grant.weights) + static_cast<int64_t>(held) * args_.num_topk;
+        }
+        num_addends_ = num_listed + num_own_;
+        first_weight_ = num_biases;
+        part_ = 0;
+        is_token_open_ = true;
+        __syncwarp();
+    }
+
+    // Lane = choice. The own node's weights make a partial sum first, as its rows do.
+    __device__ void sum_token_weights() const {
+        if (lane_ >= args_.num_topk) return;
+        const float* const* list = scratch_.addends.weights;
+        const int own_first = own_first_ - first_weight_, own_end = own_first + num_own_;
+        float sum = 0.0f, own = 0.0f;
+        for (int i = 0; i < num_addends_ - first_weight_; ++i) {
+            const float weight = list[i][lane_];
+            if (i >= own_first && i < own_end) own = __fadd_rn(own, weight);
+            if (i < own_first || i >= own_end)
+                sum = __fadd_rn(sum, weight);
+            else if (i + 1 == own_end)
+                sum = __fadd_rn(sum, own);
+        }
+        args_.out_topk_weights[token_ * args_.num_topk + lane_] = sum;
+    }
+
+    // Asks for the next part of the token, or adds it all up at once; false: it has to wait for what is in the stages.
+    __device__ bool load_part() {
+        if (!is_token_open_) open_token();
+        bool is_last = true;
+#if DEEPEP_HAS_BULK
+        if (has_stages() && num_addends_ > 0 && num_addends_ <= args_.collect.num_stages) {
+            if (!stages_.has_room(num_addends_)) return false;
+            const RowParts& parts = args_.collect.parts;
+            const int num_bytes = parts.num_bytes(part_);
+            const int64_t offset = parts.begin(part_);
+            is_last = part_ + 1 == parts.num_parts;
+            if (lane_ < num_addends_) stages_.load(lane_, scratch_.addends.rows[lane_] + offset, num_bytes, nullptr, 0);
+            if (lane_ == 0)
+                parts_[stages_.load_stage] = {out_row() + offset, num_bytes, static_cast<int16_t>(num_addends_), static_cast<int16_t>(own_first_),
+                                              static_cast<int16_t>(num_own_), static_cast<int16_t>(is_last && token_ + 1 == end_), place_, round_};
+            __syncwarp();  // the part is there for all lanes
+            stages_.loaded(num_addends_);
+            ++part_;
+        } else if (stages_.num_in_flight > 0) {
+            return false;  // blocks are finished behind their last token
+        } else {
+            sum_token();
+        }
+#else
+        sum_token();
+#endif
+        if (is_last) {
+            if (args_.num_topk > 0) sum_token_weights();
+            if (stages_.num_in_flight == 0 && token_ + 1 == end_) finish_block(place_, round_);
+            ++token_;
+            is_token_open_ = false;
+        }
+        return true;
+    }
+
+    // The own node's rows in a list have become one, their sum. Returns how many are left.
+    __device__ int join_own(const uint8_t** list, int num_listed, int own_first, int num_own, const uint8_t* sum) const {
+        const int num_left = num_listed - num_own + 1;
+        __syncwarp();
+        if (lane_ == 0) list[own_first] = sum;
+        for (int first = own_first + 1; first < num_left; first += 32) {
+            const uint8_t* moved = first + lane_ < num_left ? list[first + lane_ + num_own - 1] : nullptr;
+            __syncwarp();
+            if (first + lane_ < num_left) list[first + lane_] = moved;
         }
         __syncwarp();
-        if (has_own && num_rows == 1 && scratch_.addends.rows[0] == out_row(token)) return;  // it is the result
-        sum_weights(scratch_.addends.weights, num_partials, args_.num_topk, out_weights(token));
-        sum_rows(scratch_.addends.rows, num_rows, static_cast<int>(args_.message.num_row_bytes), out_row(token));
+        return num_left;
     }
+
+    __device__ void sum_token() {
+        const uint8_t** list = scratch_.addends.rows;
+        const int num_bytes = static_cast<int>(args_.message.num_row_bytes);
+        int num_left = num_addends_;
+        if (num_own_ > 1) {
+            sum_rows(list + own_first_, num_own_, num_bytes, out_row());
+            if (num_own_ == num_addends_) return;  // it is the result
+            num_left = join_own(list, num_addends_, own_first_, num_own_, out_row());
+        }
+        sum_rows(list, num_left, num_bytes, out_row());
+    }
+
+#if DEEPEP_HAS_BULK
+    // The oldest part, once its addends are there.
+    __device__ void sum_part() {
+        const ResultPart part = parts_[stages_.take_stage];
+        uint8_t* own_sum = stages_.at(stages_.behind(stages_.take_stage, part.own_first));
+        const uint8_t** list = scratch_.staged;
+        stages_.wait(part.num_addends, list);
+        DEEPEP_TRACE(if (lane_ == 0) spans_.spend(kAwaiting));
+        __syncwarp();
+        int num_left = part.num_addends;
+        if (part.num_own > 1) {
+            sum_staged<true>(list + part.own_first, part.num_own, part.num_bytes, own_sum);
+            num_left = join_own(list, num_left, part.own_first, part.num_own, own_sum);
+        }
+        sum_staged<false>(list, num_left, part.num_bytes, part.out);
+        stages_.taken(part.num_addends);
+        if (part.is_last) finish_block(part.place, part.round);
+    }
+#else
+    __device__ void sum_part() {}
+#endif
 
     const CombineArgs& args_;
     const WaitContext& context_;
     const nvlink::Handshake& handshake_;
     SourceScratch& scratch_;
-    PartialAddends& own_addends_;
     const Collection& collection_;
     const BlockSlots slots_;
     const Stream stream_;
+    AddendStages stages_;
+    ResultPart* parts_;
     const int lane_;
     const int num_nodes_;
     const int own_node_;
+    // the block that is being loaded
+    int place_ = 0;
+    int round_ = 0;
+    int slot_ = 0;
+    int64_t begin_ = 0;
+    int64_t end_ = 0;
+    int64_t token_ = 0;
+    bool is_token_open_ = false;
+    int part_ = 0;
+    int num_addends_ = 0;
+    int own_first_ = 0;
+    int num_own_ = 0;
+    int first_weight_ = 0;
+    DEEPEP_TRACE(SpanClock spans_;)
 };
 
 }  // namespace

@@ -2,6 +2,8 @@
 // The arithmetic of combine across nodes. Everything that is added up here is the same thing: a list of rows (and of top-k weights that go
 // with them), added in order from +0 in float32. A node's partial sum lists the rows of its ranks; a token's result lists its biases and the
 // partial sums of its nodes.
+#include <type_traits>
+
 #include "kernels/sum.cuh"
 
 namespace deepep::internode {
@@ -71,6 +73,54 @@ __device__ __noinline__ void sum_rows(const uint8_t* const* list, int num_rows, 
         case 7: return sum_listed_rows<7>(list, num_bytes, out);
         case 8: return sum_listed_rows<8>(list, num_bytes, out);
         default: return sum_many_rows(list, num_rows, num_bytes, out);
+    }
+}
+
+// The same of rows in shared memory, into shared or device memory: instructions for each of them take half the time of those for either.
+template <bool kIsOutShared, int kNumRows>
+__device__ __forceinline__ void sum_staged_rows(const uint8_t* const* list, int num_bytes, uint8_t* out) {
+    constexpr int kUnroll = kNumRows <= 2 ? 7 : kNumRows == 3 ? 4 : kNumRows == 4 ? 3 : kNumRows <= 6 ? 2 : 1, kStride = 32 * 16;
+    const uint8_t* rows[kNumRows];
+#pragma unroll
+    for (int i = 0; i < kNumRows; ++i) {
+        rows[i] = list[i];
+        __builtin_assume(__isShared(rows[i]));
+    }
+    if constexpr (kIsOutShared)
+        __builtin_assume(__isShared(out));
+    else
+        __builtin_assume(__isGlobal(out));
+    const auto sum_at = [&](int byte, auto num_vectors) {
+        constexpr int kNumVectors = decltype(num_vectors)::value;
+        int4 vectors[kNumVectors][kNumRows];
+#pragma unroll
+        for (int u = 0; u < kNumVectors; ++u)
+#pragma unroll
+            for (int i = 0; i < kNumRows; ++i) vectors[u][i] = load_vector(rows[i] + byte + u * kStride);
+#pragma unroll
+        for (int u = 0; u < kNumVectors; ++u) {
+            Accumulator sum;
+#pragma unroll
+            for (int i = 0; i < kNumRows; ++i) sum.add(vectors[u][i]);
+            *reinterpret_cast<int4*>(out + byte + u * kStride) = sum.rounded();
+        }
+    };
+    int byte = threadIdx.x % 32 * 16;
+    for (; byte + (kUnroll - 1) * kStride < num_bytes; byte += kUnroll * kStride) sum_at(byte, std::integral_constant<int, kUnroll>{});
+    for (; byte < num_bytes; byte += kStride) sum_at(byte, std::integral_constant<int, 1>{});
+}
+
+// Called by a whole warp, behind a warp barrier after which the list is complete. `out` may be one of the rows.
+template <bool kIsOutShared>
+__device__ __noinline__ void sum_staged(const uint8_t* const* list, int num_rows, int num_bytes, uint8_t* out) {
+    switch (num_rows) {
+        case 1: return sum_staged_rows<kIsOutShared, 1>(list, num_bytes, out);
+        case 2: return sum_staged_rows<kIsOutShared, 2>(list, num_bytes, out);
+        case 3: return sum_staged_rows<kIsOutShared, 3>(list, num_bytes, out);
+        case 4: return sum_staged_rows<kIsOutShared, 4>(list, num_bytes, out);
+        case 5: return sum_staged_rows<kIsOutShared, 5>(list, num_bytes, out);
+        case 6: return sum_staged_rows<kIsOutShared, 6>(list, num_bytes, out);
+        default: return sum_rows(list, num_rows, num_bytes, out);
     }
 }
 

@@ -8,7 +8,7 @@ namespace deepep::internode {
 
 void shape_dispatch(DispatchArgs& args, const Tuning& tuning, bool has_bulk) {
     constexpr int kSharedBudget = 216 * 1024, kMaxPartBytes = 16384, kMaxSideBytes = 8192, kUsualDeliverWarps = 4, kUsualSendWarps = 11, kEnoughBytes = 186 * 1024;
-    constexpr int kLeastDividedSms = 16, kDividedDeliverWarps = 14, kMaxTeamSenders = 7;
+    constexpr int kLeastDividedSms = 2, kDividedDeliverWarps = 14, kMaxTeamSenders = 7;
     const DispatchMessage& message = args.message;
     if (message.num_side_bytes() > kMaxSideBytes)
         throw ArgumentError("dispatch: a row's scales and top-k data have " + std::to_string(message.num_side_bytes()) + " bytes; at most " +

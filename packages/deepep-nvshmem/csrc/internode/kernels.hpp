@@ -48,6 +48,7 @@ struct Domain {
     // Dispatch: what this rank expects next in each slot from each other node, {epoch, chunk + 1}, and which teams' deliverers have begun, {epoch, 1}.
     unsigned long long* next_chunks;  // [kMaxSlots][D - 1]
     uint64_t* deliverers_begun;       // a word for each SM, more than there are teams
+    unsigned long long* collected;    // combine: whether somebody has taken it upon itself to collect for a place, {epoch, 1}; a word for each SM
     int32_t* histogram;  // [E + N + D], zero between calls of layout
     CountsSummary* host_counts;
     uint32_t* host_headers;  // [N][kNumHeaderWords]
@@ -187,6 +188,16 @@ struct DispatchArgs {
     }
 };
 
+constexpr int kMaxAddendStages = 16;  // of a warp of combine
+
+// The stages of the warps of a role in combine, and how rows are cut to fit into them.
+struct StageShape {
+    RowParts parts;
+    int num_warps;
+    int num_stages;  // of each; 0: there are none
+    int num_stage_bytes;
+};
+
 struct CombineArgs {
     Domain domain;
     // what this rank owns, in the arena
@@ -205,15 +216,19 @@ struct CombineArgs {
     int num_topk;             // 0: no weights
     uint8_t* out;             // [T, row bytes]
     float* out_topk_weights;  // [T, K]
-    // how; what follows `geometry` is combine.cu's own, and that domain.nodes_stored_to becomes 0 where answers go through the ring
+    // how
     CombineMessage message;
     ChunkGeometry geometry;
-    RowParts parts;          // of a row in a forward warp's stage: answers to sources that are reached by stores are put out of shared memory
-    int num_stage_bytes;
-    int num_warp_bytes;      // of a forward warp's stage and what belongs to it
-    int num_forward_warps;
-    int num_source_warps;
+    bool has_teams;         // of a block that forwards and one that collects; else every block does both
+    int num_places;         // parts of the slots, each with one block that forwards
+    bool answers_directly;  // forwarders of teams put sums out of shared memory: they have bulk copies, and stores reach all peers
+    bool loads_weights;     // which bring weights, too
+    StageShape forward;     // of a forwarder that answers directly
+    StageShape collect;     // of whoever collects; a block that forwards as well has as many warps for it as it can
+    int num_slot_words;     // that whoever collects keeps of a slot
+    int num_forward_warps;  // of a block that forwards and collects
     int num_block_contexts;  // of all nodes in one block, at most
+    int num_work_bytes;      // of what differs between forwarders and collectors
     int num_dynamic_bytes;
 };
 
@@ -237,7 +252,12 @@ struct Tuning {
 
 struct CombineTuning {
     int num_sms;
-    int num_warps;  // forward warps; 0: choose
+    int num_warps;   // that forward; 0: choose
+    int num_stages;  // of each that answers directly; 0: choose
+    int num_source_warps = 0;   // of a collector; 0: choose
+    int num_source_stages = 0;  // of each; 0: choose
+    int64_t num_chunk_bytes = 0;  // of a slot, the same on all ranks; 0: the domain's
+    std::optional<bool> has_teams = std::nullopt;  // the same on all ranks
     bool may_send_directly = true;
 };
 
@@ -250,7 +270,7 @@ cudaError_t launch_combine(const CombineArgs& args, int num_sms, cudaStream_t st
 // Fill the fields under "how" (but message and geometry) from the others; ArgumentError for what cannot be.
 void shape_dispatch(DispatchArgs& args, const Tuning& tuning, bool has_bulk);
 // `num_shared_bytes`: what a block may have in all.
-void shape_combine(CombineArgs& args, const CombineTuning& tuning, int num_shared_bytes);
+void shape_combine(CombineArgs& args, const CombineTuning& tuning, int num_shared_bytes, bool has_bulk);
 
 // Load the kernels of each file on the current device (lazy loading may not meet a spinning kernel) and raise their shared-memory limits.
 cudaError_t prepare_layout();

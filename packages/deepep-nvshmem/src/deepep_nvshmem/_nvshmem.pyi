@@ -184,6 +184,10 @@ class Runtime:
         num_sms: int,
         stream: int,
         num_warps: int = 0,
-        # 0: answers come out of the send ring; where peers are reached by stores: 1, or P and more (bulk loads)
+        num_stages: int = 0,
+        num_source_warps: int = 0,
+        num_source_stages: int = 0,
+        num_chunk_bytes: int = 0,
+        has_teams: bool | None = None,
         may_send_directly: bool = True,
     ) -> None: ...
