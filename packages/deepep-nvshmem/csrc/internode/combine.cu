@@ -188,15 +188,31 @@ int checked(const char* name, int value, int least, int most) {
     return value;
 }
 
+// Words that whoever collects keeps of a slot.
+int num_slot_words(const ChunkGeometry& geometry, const Group& group) { return 2 * group.num_nodes() + geometry.num_slot_rows * (group.num_nodes() + group.ranks_per_node); }
+
+// What a block keeps of its slots has to leave room for stages: where few SMs serve many small rows, slots have fewer of them, and in the end there are fewer slots.
+// The same on all ranks, as it has to be.
+void limit_slots(ChunkGeometry& geometry, const Group& group, int num_places) {
+    constexpr int64_t kMaxTableBytes = 64 << 10;
+    const auto num_bytes = [&] {
+        const int64_t num_others = group.num_nodes() - 1, num_heads = num_others * geometry.num_slot_rows * group.ranks_per_node;
+        return ceil_div(geometry.num_slots, num_places) * (num_others * kContextBytes + 4 * max_of(num_slot_words(geometry, group), num_heads));
+    };
+    while (geometry.num_slot_rows > 1 && num_bytes() > kMaxTableBytes) --geometry.num_slot_rows;
+    while (geometry.num_slots > 2 && num_bytes() > kMaxTableBytes) --geometry.num_slots;
+}
+
 void shape_combine(CombineArgs& args, const CombineTuning& tuning, int num_shared_bytes, bool has_bulk) {
-    constexpr int kUsualForwardWarps = 9, kUsualSourceWarps = 7;
+    constexpr int kUsualForwardWarps = 9, kLeastSourceWarps = 5, kUsualSourceWarps = 7;
     const int num_sms = tuning.num_sms, num_nodes = args.domain.group.num_nodes(), num_ranks = args.domain.group.ranks_per_node;
     if (num_nodes < 2 || num_nodes > kMaxCombineNodes)
         throw ArgumentError("combine: the group has " + std::to_string(num_nodes) + " nodes; accepted are 2 to " + std::to_string(kMaxCombineNodes) + ".");
     args.has_teams = tuning.has_teams.value_or(num_sms > 1);
     args.num_places = BlockPlaces::num_places(num_sms, args.has_teams ? 1 : 0);
+    limit_slots(args.geometry, args.domain.group, args.num_places);
     args.num_block_contexts = static_cast<int>(ceil_div(args.geometry.num_slots, args.num_places)) * (num_nodes - 1);
-    args.num_slot_words = 2 * num_nodes + args.geometry.num_slot_rows * (num_nodes + num_ranks);
+    args.num_slot_words = num_slot_words(args.geometry, args.domain.group);
     const int num_block_slots = static_cast<int>(ceil_div(args.geometry.num_slots, args.num_places));
     // Besides: what the kernel declares, and up to 128 bytes to align what follows it.
     const int num_budget = num_shared_bytes - static_cast<int>(sizeof(Shared)) - 128 - args.num_block_contexts * kContextBytes;
@@ -206,13 +222,19 @@ void shape_combine(CombineArgs& args, const CombineTuning& tuning, int num_share
                             std::to_string(num_shared_bytes - num_source_budget + sizeof(SourceScratch)) + " bytes of shared memory; there are " + std::to_string(num_shared_bytes) + ". Use more SMs.");
     const auto chosen = [](int asked, int usual) { return asked != 0 ? asked : usual; };
 
-    // A part of a sum takes a stage for each addend, and while one is worked on, the next is on its way.
+    // A part of a sum takes a stage for each addend. Fewer warps are better than rows in parts.
     const int num_usual_addends = static_cast<int>(min_of(num_ranks, 4) + min_of(num_nodes - 1, 4));
+    const int num_stages = checked("num_source_stages", chosen(tuning.num_source_stages, num_usual_addends), 1, kMaxAddendStages);
     const int num_most_warps = static_cast<int>(min_of(kLastWarp, num_source_budget / static_cast<int>(sizeof(SourceScratch))));
-    const int num_source_warps = checked("num_source_warps", chosen(tuning.num_source_warps, static_cast<int>(min_of(num_most_warps, has_bulk ? kUsualSourceWarps : kLastWarp))), 1, num_most_warps);
-    const int num_source_stages = checked("num_source_stages", chosen(tuning.num_source_stages, num_usual_addends), 1, kMaxAddendStages);
-    args.collect = {{}, num_source_warps, 0, 0};
-    if (has_bulk) args.collect = shape_stages(args, num_source_warps, num_source_stages, num_source_budget / num_source_warps - static_cast<int>(sizeof(SourceScratch)), 0);
+    const auto stages_of = [&](int num_warps) { return shape_stages(args, num_warps, num_stages, num_source_budget / num_warps - static_cast<int>(sizeof(SourceScratch)), 0); };
+    int num_usual_warps = has_bulk ? kUsualSourceWarps : kLastWarp;
+    for (int num_warps = kUsualSourceWarps; has_bulk && num_warps >= kLeastSourceWarps; --num_warps)
+        if (stages_of(num_warps).parts.num_parts == 1) {
+            num_usual_warps = num_warps;
+            break;
+        }
+    const int num_source_warps = checked("num_source_warps", chosen(tuning.num_source_warps, static_cast<int>(min_of(num_most_warps, num_usual_warps))), 1, num_most_warps);
+    args.collect = has_bulk ? stages_of(num_source_warps) : StageShape{{}, num_source_warps, 0, 0};
     const auto num_stage_bytes = [](const StageShape& shape) { return shape.num_warps * shape.num_stages * (shape.num_stage_bytes + kStageItemBytes); };
     int64_t num_work_bytes = num_stage_bytes(args.collect) + num_source_warps * static_cast<int>(sizeof(SourceScratch)) + num_slot_bytes;
 
@@ -223,8 +245,8 @@ void shape_combine(CombineArgs& args, const CombineTuning& tuning, int num_share
     args.forward = {};
     if (args.has_teams && has_stores && has_bulk && tuning.may_send_directly) {
         const int num_head_bytes = static_cast<int>(align_up(4ll * args.num_block_contexts * args.geometry.num_slot_rows * num_ranks, 16));
-        const int num_warps = chosen(tuning.num_warps, num_ranks == 1 ? 14 : 7);
-        const int num_stages = checked("num_stages", chosen(tuning.num_stages, num_ranks == 1 ? 2 : num_ranks + 2), num_ranks, kMaxAddendStages);
+        const int num_warps = chosen(tuning.num_warps, num_ranks == 1 ? 14 : 10);
+        const int num_stages = checked("num_stages", chosen(tuning.num_stages, num_ranks + 1), num_ranks, kMaxAddendStages);
         args.forward = shape_stages(args, num_warps, num_stages, (num_budget - num_head_bytes) / num_warps, align_up(4 * args.num_topk, 16));
         num_work_bytes = max_of(num_work_bytes, num_stage_bytes(args.forward) + num_head_bytes);
     }

@@ -63,6 +63,7 @@ class Case:
     tuning: tuple[tuple[str, int], ...] = (("num_send_warps", 4),)  # of dispatch; fewer warps run faster here
     num_forward_warps: int = 0  # of combine
     answers_directly: bool = True  # combine, where others are reached by stores
+    combine_tuning: tuple[tuple[str, int], ...] = ()
     has_stores: bool = False  # ranks of other nodes are reached by stores, as over NVLink
     seed: int = 0
 
@@ -97,6 +98,7 @@ class Case:
         parts += [f"{self.num_sms}sms"] + ([] if self.use_bulk else ["plain"])
         parts += [f"{name}{value}" for name, value in self.tuning if self.tuning != Case.tuning]
         parts += [] if self.answers_directly else ["ring"]
+        parts += [f"{name}{value}" for name, value in self.combine_tuning]
         return "_".join(parts) + (f"_seed{self.seed}" if self.seed else "")
 
     def next(self) -> Case:
@@ -470,4 +472,5 @@ def combine(world: World, case: Case, ranks: Sequence[Rank], combined: Sequence[
             num_warps=case.num_forward_warps,
             may_send_directly=case.answers_directly,
             stream=world.stream(rank),
+            **dict(case.combine_tuning),
         )

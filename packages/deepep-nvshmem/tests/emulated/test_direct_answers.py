@@ -1,14 +1,18 @@
-"""Combine between ranks that reach each other by stores: answers are put together in shared memory."""
+"""Combine in teams: forwarders that answer out of shared memory, collectors that add up what bulk loads bring."""
 
 from __future__ import annotations
 
+import random
 from dataclasses import replace
 
 import pytest
 import torch
 from internode_oracle import check_combine
 from internode_steps import back, dispatched, round_trips, world_of
-from internode_world import Case, combine, make_combined, obstacle_to_emulation
+from internode_world import Case, combine, machine, make_combined, obstacle_to_emulation
+from test_internode_kernels import generated
+
+from deepep_nvshmem.internode import default_window_mb
 
 if obstacle := obstacle_to_emulation():
     pytest.skip(obstacle, allow_module_level=True)
@@ -59,3 +63,73 @@ def test_zeros_come_back_without_a_sign(is_direct: bool) -> None:
     world.check()
     check_combine(case, ranks, combined)
     assert all((c.out.view(torch.int16) == 0).all() for c in combined)
+
+
+@pytest.mark.parametrize("has_stores", [False, True], ids=["network", "stores"])
+@pytest.mark.parametrize("num_stages", [1, 2, 3])
+@pytest.mark.parametrize("case", [CASES[1], CASES[3], CASES[6]], ids=lambda case: case.name)
+def test_tokens_of_more_addends_than_there_are_stages(case: Case, num_stages: int, has_stores: bool) -> None:
+    """They are added up where they lie, in turn with those that fit."""
+    tuning = (("num_source_stages", num_stages), ("num_source_warps", 2))
+    round_trips(replace(case, has_stores=has_stores, combine_tuning=tuning), order=num_stages)
+
+
+@pytest.mark.parametrize("num_sms", [1, 2, 3, 5])
+@pytest.mark.parametrize("has_teams", [0, 1], ids=["undivided", "teams"])
+@pytest.mark.parametrize("case", [CASES[1], CASES[2]], ids=lambda case: case.name)
+def test_teams_give_the_bits_of_undivided_blocks(case: Case, has_teams: int, num_sms: int) -> None:
+    case = replace(case, has_stores=True, num_sms=num_sms, combine_tuning=(("has_teams", has_teams),))
+    round_trips(case, order=num_sms)
+
+
+@pytest.mark.parametrize("order", range(4))
+@pytest.mark.parametrize("most", [1, 2, 3])
+def test_a_forwarder_collects_where_its_collector_finds_no_room(most: int, order: int) -> None:
+    machine().set_resident(most)
+    round_trips(replace(CASES[2], has_stores=order % 2 == 0, num_sms=6), order=order)
+
+
+@pytest.mark.parametrize("num_tokens", [(70, 30), (500, 450)])
+@pytest.mark.parametrize("num_sms", [1, 2])
+def test_many_slots_of_many_small_rows_fit_into_few_blocks(num_sms: int, num_tokens: tuple[int, int]) -> None:
+    case = Case(num_tokens=num_tokens, ranks_per_node=1, hidden_bytes=16, num_topk=2, num_sms=num_sms)
+    round_trips(replace(case, num_ring_messages=30000, has_stores=True))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_generated_shapes_and_tunings_agree_with_tensor_arithmetic(seed: int) -> None:
+    draw = random.Random(seed + 9000)
+    case = generated(seed + 500)
+    num_ranks = case.ranks_per_node
+    tuning = {
+        "has_teams": draw.choice([0, 1, 1, 1]),
+        "num_stages": draw.choice([0, num_ranks, num_ranks + 1, 16]),
+        "num_source_warps": draw.choice([0, 1, 3, 15]),
+        "num_source_stages": draw.choice([0, 1, 2, 4, 9]),
+        "num_chunk_bytes": draw.choice([0, 0, 1, 4096]),
+    }
+    case = replace(case, has_stores=draw.random() < 0.7, num_sms=draw.choice([1, 2, 3, 4, 7]))
+    round_trips(replace(case, combine_tuning=tuple(tuning.items())), order=seed)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_generated_shapes_through_the_usual_window(seed: int) -> None:
+    """Rings as large as a buffer's, through which small rows travel in slots of many rows."""
+    draw = random.Random(seed + 7000)
+    ranks_per_node, num_nodes = draw.choice([(1, 2), (1, 4), (2, 2)])
+    num_ranks = ranks_per_node * num_nodes
+    num_experts, most = num_ranks * draw.randint(1, 8), draw.choice([3, 40, 90])
+    case = Case(
+        num_tokens=tuple(draw.randint(0, most) for _ in range(num_ranks)),
+        ranks_per_node=ranks_per_node,
+        hidden_bytes=draw.randint(1, 260) * 16,
+        num_topk=draw.randint(1, min(32, num_experts)),
+        num_experts=num_experts,
+        num_sms=draw.choice([2, 8, 20]),
+        num_biases=draw.randint(0, 2),
+        has_stores=draw.random() < 0.8,
+        tuning=(),
+    )
+    window_bytes = int(default_window_mb(num_nodes) * (1 << 20))
+    num_messages = window_bytes // 2 // (case.ring_bytes // 400)
+    round_trips(replace(case, num_ring_messages=num_messages), order=seed)
