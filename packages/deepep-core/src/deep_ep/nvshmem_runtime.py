@@ -312,7 +312,10 @@ def _init(library: ctypes.CDLL, facts: GroupFacts, unique_id: bytes) -> None:
     _check_status(status or library.nvshmemx_hostlib_init_attr(_INIT_WITH_UNIQUE_ID, attributes), "did not start")
     state = library.nvshmemx_init_status()
     if state == _IS_LIMITED:
-        raise BackendUnavailableError("several ranks share a GPU, which NVSHMEM serves only in part. Give each a GPU")
+        raise BackendUnavailableError(
+            "several ranks share a GPU, which NVSHMEM serves only in part. Give each a GPU, or run them under CUDA's "
+            "MPS with CUDA_MPS_ACTIVE_THREAD_PERCENTAGE so low that those of a GPU add up to 100"
+        )
     if state < (_IS_INITIALIZED if facts.device.type == "cuda" else _IS_BOOTSTRAPPED):
         raise BackendUnavailableError(f"NVSHMEM met its peers and did not set up a GPU (state {state}). {_SAYS_MORE}")
     _check_place(library, facts, "was started")
