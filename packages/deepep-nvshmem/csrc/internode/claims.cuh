@@ -62,15 +62,18 @@ struct WorkQueue {
         if (threadIdx.x % 32 == 0) {
             uint32_t taken = peek(num_taken);
             while (taken != peek(num_posted)) {
+                __threadfence_block();
+                // Read before the swap: once it is taken, what stands there may be done by others and its place be used again.
+                const int next = peek(order + taken % capacity);
                 const uint32_t seen = atomicCAS(num_taken, taken, taken + 1);
                 if (seen == taken) {
-                    __threadfence_block();
-                    number = peek(order + taken % capacity);
+                    number = next;
                     break;
                 }
                 taken = seen;
             }
         }
+        __syncwarp();  // joins what this thread has learned to the other lanes
         return __shfl_sync(~0u, number, 0);
     }
 };

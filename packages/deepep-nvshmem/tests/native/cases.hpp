@@ -70,7 +70,8 @@ struct Case {
             const ChunkGeometry geometry = ChunkGeometry::of(window.num_ring_bytes, is_combine ? answered.num_bytes() : sent.num_bytes(), num_chunk_bytes,
                                                              ChunkGeometry::most_slots(is_combine, num_ranks));
             CHECK(geometry.is_usable(), "two rows fit");
-            const std::vector<int> num_tokens = draw_num_tokens(random, max_tokens);
+            // Slots of several rows are at least 16.
+            const std::vector<int> num_tokens = draw_num_tokens(random, geometry.num_slot_rows > 1 && random.below(3) == 0 ? 4 * max_tokens : max_tokens);
             std::vector<std::vector<std::vector<int32_t>>> tokens(num_ranks, std::vector<std::vector<int32_t>>(num_ranks));
             Routing<Random> routing(random, num_ranks);
             for (int rank = 0; rank < num_ranks; ++rank)
@@ -103,23 +104,14 @@ private:
 
 inline std::vector<std::unique_ptr<Warp>> warps_of(Block& block) {
     std::vector<std::unique_ptr<Warp>> warps;
-    const bool is_combine = block.operation.is_combine;
-    for (int warp = 0; warp < block.shape.num_receiving_warps; ++warp) {
-        if (is_combine)
-            warps.push_back(std::make_unique<ForwardWarp>(block, warp));
-        else
-            warps.push_back(std::make_unique<DeliverWarp>(block, warp));
+    const int num_receiving = block.shape.num_receiving_warps, num_sending = block.shape.num_sending_warps;
+    if (block.operation.is_combine) {
+        for (int warp = 0; warp < num_receiving + num_sending + 1; ++warp) warps.push_back(std::make_unique<CombineWarp>(block, warp));
+        return warps;
     }
-    for (int warp = 0; warp < block.shape.num_sending_warps; ++warp) {
-        if (is_combine)
-            warps.push_back(std::make_unique<SourceWarp>(block));
-        else
-            warps.push_back(std::make_unique<SendWarp>(block, warp));
-    }
-    if (is_combine)
-        warps.push_back(std::make_unique<RequestWarp>(block));
-    else
-        warps.push_back(std::make_unique<CreditWarp>(block));
+    for (int warp = 0; warp < num_receiving; ++warp) warps.push_back(std::make_unique<DeliverWarp>(block, warp));
+    for (int warp = 0; warp < num_sending; ++warp) warps.push_back(std::make_unique<SendWarp>(block, warp));
+    warps.push_back(std::make_unique<CreditWarp>(block));
     return warps;
 }
 

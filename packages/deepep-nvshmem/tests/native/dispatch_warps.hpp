@@ -160,7 +160,7 @@ private:
     bool load() {
         const bool is_last = next_row_ + 1 == num_rows_;
         under_way_.push_back({index_, chunk_, next_row_++, is_last});
-        if (is_last && !place_.keeps(Rule::kCreditBehindLoads)) place_.port->publish(&block_.credits[index_], chunk_ + 1);
+        if (is_last && !place_.keeps(Rule::kCreditBehindLoads)) place_.publish(&block_.credits[index_], chunk_ + 1, Order::kCredits);
         return true;
     }
     bool deliver() {
@@ -169,7 +169,7 @@ private:
         const auto [node, slot] = block_.receiving[item.index];
         const uint8_t* ring = place_.window.receive_ring(place_.own(), place_.rank, node);
         operation_.take(ring + block_.message_offset(slot, item.row), node, place_.rank, block_.received(node).first_row(item.chunk) + item.row);
-        if (item.is_last && place_.keeps(Rule::kCreditBehindLoads)) place_.port->publish(&block_.credits[item.index], item.chunk + 1);
+        if (item.is_last && place_.keeps(Rule::kCreditBehindLoads)) place_.publish(&block_.credits[item.index], item.chunk + 1, Order::kCredits);
         return true;
     }
 
@@ -185,29 +185,56 @@ private:
     std::deque<Row> under_way_;
 };
 
-// Gives all credits of a block back.
-class CreditWarp : public FencingWarp {
+// Gives all credits of a block back, and so makes its fences for the whole system: it passes over all contexts until the deliver warps have ended.
+class CreditWarp : public Warp {
 public:
-    explicit CreditWarp(Block& block) : FencingWarp(block), returned_(block.receiving.size(), 0) {}
+    explicit CreditWarp(Block& block) : Warp(block), returned_(block.receiving.size(), 0) {}
 
-protected:
-    bool have_others_ended() const override { return acquire(&block_.num_deliverers_left) == 0; }
-    std::vector<Due> look() const override {
-        std::vector<Due> due;
-        for (int index = 0; index < static_cast<int>(returned_.size()); ++index) {
-            const int32_t credit = acquire(&block_.credits[index]);
-            if (credit != returned_[index]) due.push_back({index, credit});
+    bool step() override {
+        switch (phase_) {
+            case Phase::kBegin:
+                is_last_pass_ = have_others_ended();
+                phase_ = Phase::kLook;
+                return false;
+            case Phase::kLook:
+                look();
+                phase_ = Phase::kGiveBack;
+                return !due_.empty();
+            default:
+                if (!due_.empty()) {
+                    give_back(due_.back());
+                    due_.pop_back();
+                    return true;
+                }
+                phase_ = Phase::kBegin;
+                if (!place_.keeps(Rule::kReadEndFirst)) is_last_pass_ = have_others_ended();
+                return is_last_pass_ && end();
         }
-        return due;
     }
-    void work(const Due& due) override {
-        const auto [node, slot] = block_.receiving[due.index];
-        returned_[due.index] = due.value;
-        place_.port->set_word(place_.at(node, place_.window.credit(place_.own(), place_.rank) + slot), chunk_word(operation_.epoch, due.value - 1));
-    }
-    bool ends(bool is_last_pass, bool) const override { return is_last_pass; }
 
 private:
+    enum class Phase { kBegin, kLook, kGiveBack };
+    struct Due {
+        int index;  // of the context
+        int32_t credit;
+    };
+
+    bool have_others_ended() const { return acquire(&block_.num_deliverers_left) == 0; }
+    void look() {
+        for (int index = 0; index < static_cast<int>(returned_.size()); ++index) {
+            const int32_t credit = acquire(&block_.credits[index]);
+            if (credit != returned_[index]) due_.push_back({index, credit});
+        }
+    }
+    void give_back(const Due& due) {
+        const auto [node, slot] = block_.receiving[due.index];
+        returned_[due.index] = due.credit;
+        place_.port->set_word(place_.at(node, place_.window.credit(place_.own(), place_.rank) + slot), chunk_word(operation_.epoch, due.credit - 1));
+    }
+
+    Phase phase_ = Phase::kBegin;
+    bool is_last_pass_ = false;
+    std::vector<Due> due_;
     std::vector<int32_t> returned_;
 };
 

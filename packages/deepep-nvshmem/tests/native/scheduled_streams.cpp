@@ -1,8 +1,9 @@
 // Random schedules of warps, blocks and the network, single-threaded: each seed is one schedule and replays exactly.
 //
 // The network is worse than any real one: it reads a put's bytes at any later time, delivers them in pieces, keeps no order between puts and
-// words, only a put's signal comes behind its bytes. Ranks go from one operation to the next without waiting for each other. Blocks of a rank
-// start in the order of their numbers, as many at once as happen to be resident. Ranks and single warps may be slow.
+// words, only a put's signal comes behind its bytes, and behind what its warp has stored before. Ranks go from one operation to the next without
+// waiting for each other. Blocks of a rank start in the order of their numbers, as many at once as happen to be resident. Ranks and single warps
+// may be slow.
 //
 //   scheduled_streams FIRST_SEED NUM_SCHEDULES [RULE]      RULE: number of a rule that is broken; prints what happened, as "name count" lines
 #include <cstdlib>
@@ -16,25 +17,36 @@ using namespace streams;
 using deepep::rdma::Random;
 
 struct {
-    uint64_t schedules, operations[2], few_slots, many_rows, reused, rows, empty;
+    uint64_t schedules, operations[2], few_slots, many_rows, reused, many_rows_reused, rows, empty;
     uint64_t many_blocks, one_block, teams, senders_alone, teams_one_by_one, skewed, no_tokens, node_without_rows, blocks_without_rows;
+    uint64_t collectors, late_collectors, collecting_forwarders, direct_forwarders;  // blocks
 } tally;
 
 class Network final : public Port {
 public:
-    Network(Random& random, Rule broken) : random_(random), is_signal_first_(broken == Rule::kSignalBehindData) {}
+    Network(Random& random, Rule broken) : random_(random), broken_(broken) {}
     void put(uint8_t* to, const uint8_t* from, int64_t num_bytes, uint64_t* word, uint64_t value) override {
-        if (is_signal_first_) set_word(word, value);
-        under_way_.push_back({to, from, num_bytes, is_signal_first_ ? nullptr : word, value});
+        const bool is_signal_first = broken_ == Rule::kSignalBehindData;
+        if (is_signal_first) set_word(word, value);
+        under_way_.push_back({to, from, num_bytes, is_signal_first ? nullptr : word, value, nullptr, 0, false, {}});
     }
-    void set_word(uint64_t* word, uint64_t value) override { under_way_.push_back({nullptr, nullptr, 0, word, value}); }
-    void publish(int32_t* shared, int32_t value) override { *shared = value; }
+    void store(const void* warp, uint8_t* to, const uint8_t* from, int64_t num_bytes, uint64_t* word, uint64_t value) override {
+        Move move{to, from, num_bytes, word, value, warp, ++num_stores_, random_.below(8) == 0, {}};
+        if (broken_ != Rule::kStoresHaveRead) {
+            move.stored.assign(from, from + num_bytes);
+            move.from = move.stored.data();
+        }
+        under_way_.push_back(std::move(move));
+    }
+    void set_word(uint64_t* word, uint64_t value) override { under_way_.push_back({nullptr, nullptr, 0, word, value, nullptr, 0, false, {}}); }
     bool is_idle() const { return under_way_.empty(); }
 
     bool step() {
         if (under_way_.empty()) return false;
-        const size_t index = random_.below(static_cast<uint32_t>(under_way_.size()));
+        size_t index = random_.below(static_cast<uint32_t>(under_way_.size()));
+        if (under_way_[index].num_bytes == 0 && broken_ != Rule::kWordBehindParts) index = store_before(index);
         Move& move = under_way_[index];
+        if (move.is_slow && random_.below(32) != 0) return true;
         if (move.num_bytes > 0) {
             const int64_t piece = min_of(move.num_bytes, 8 * (1 + random_.below(40)));
             memcpy(move.to, move.from, piece);
@@ -45,7 +57,7 @@ public:
         } else {
             *move.word = move.value;
         }
-        under_way_[index] = under_way_.back();
+        if (index + 1 < under_way_.size()) std::swap(under_way_[index], under_way_.back());
         under_way_.pop_back();
         return true;
     }
@@ -57,9 +69,22 @@ private:
         int64_t num_bytes;
         uint64_t* word;
         uint64_t value;
+        const void* warp;  // that has stored it; null: another agent reads the bytes
+        uint64_t number;   // of the store
+        bool is_slow;
+        std::vector<uint8_t> stored;
     };
+    // What a move's word has to wait for; the move itself, if it is nothing.
+    size_t store_before(size_t index) const {
+        const Move& move = under_way_[index];
+        for (size_t other = 0; move.warp != nullptr && other < under_way_.size(); ++other)
+            if (under_way_[other].warp == move.warp && under_way_[other].number < move.number) return store_before(other);
+        return index;
+    }
+
     Random& random_;
-    const bool is_signal_first_;
+    const Rule broken_;
+    uint64_t num_stores_ = 0;
     std::vector<Move> under_way_;
 };
 
@@ -85,7 +110,9 @@ public:
         : random_(seed), seed_(seed), broken_(broken), case_(random_, kNumOperations, kMaxRanksHere, kMaxTokensHere), network_(random_, broken) {
         num_blocks_ = 1 + random_.below(5);
         num_team_senders_ = random_.below(2) == 0 ? 0 : 1 + random_.below(3);
-        shape_ = {static_cast<int>(1 + random_.below(3)), static_cast<int>(1 + random_.below(3)), static_cast<int>(1 + random_.below(3))};
+        answers_directly_ = random_.below(4) != 0;
+        shape_ = {static_cast<int>(1 + random_.below(3)), static_cast<int>(1 + random_.below(3)), static_cast<int>(1 + random_.below(3)),
+                  static_cast<int>(1 + random_.below(3)), random_.below(6) == 0 ? static_cast<int>(random_.below(40)) : 0, static_cast<int>(random_.below(20))};
         const bool runs_one_block = random_.below(4) == 0;
         for (int rank = 0; rank < case_.num_ranks; ++rank) {
             num_resident_.push_back(runs_one_block ? 1 : 1 + random_.below(num_blocks_));
@@ -151,10 +178,18 @@ private:
         tally.rows += num_rows;
         tally.empty += num_rows == 0;
         tally.reused += has_reused;
+        tally.many_rows_reused += has_reused && geometry.num_slot_rows > 1;
         tally.skewed += num_tokens > 0 && most_tokens * 4 >= num_tokens * 3;
         tally.no_tokens += num_tokens > 0 && has_rank_without_tokens;
         tally.node_without_rows += has_node_without_rows;
         tally.blocks_without_rows += operation.is_combine && has_block_without_rows;
+    }
+    void count(const Block& block) const {
+        const bool is_forwarder = block.role == BlockRole::kSender, is_collector = block.role == BlockRole::kDeliverer;
+        tally.collectors += is_collector && block.collects;
+        tally.late_collectors += is_collector && !block.collects;
+        tally.collecting_forwarders += is_forwarder && block.collects;
+        tally.direct_forwarders += is_forwarder && !block.collects && answers_directly_;
     }
     bool asks(const Operation& operation, int source, const Stream& stream, int64_t tokens) const {
         for (int64_t token = stream.first_row(tokens); token < stream.first_row(tokens) + stream.rows_of(tokens); ++token)
@@ -167,8 +202,8 @@ private:
         Kernel& kernel = kernels_[rank];
         Operation& operation = *case_.operations[current_[rank]];
         while (kernel.num_started < num_blocks_ && static_cast<int>(kernel.running.size()) < num_resident_[rank]) {
-            const Place place{case_.window, case_.memories.data(), rank, case_.num_ranks, kernel.num_started,   num_blocks_,
-                              num_team_senders_, broken_, &network_, &case_.words[rank]};
+            const Place place{case_.window, case_.memories.data(), rank, case_.num_ranks, kernel.num_started, num_blocks_, num_team_senders_, answers_directly_,
+                              broken_, Order::kAll, &network_, &case_.words[rank]};
             auto block = std::make_unique<Block>(place, operation, shape_);
             auto warps = warps_of(*block);
             std::vector<uint32_t> slowness;
@@ -180,9 +215,11 @@ private:
     // Ends blocks and operations of a rank.
     bool end_what_is_over(int rank) {
         Kernel& kernel = kernels_[rank];
+        const Operation& operation = *case_.operations[current_[rank]];
         bool has_ended = false;
         for (size_t i = 0; i < kernel.running.size();)
             if (kernel.running[i].is_over()) {
+                if (operation.is_combine) count(*kernel.running[i].block);
                 kernel.running.erase(kernel.running.begin() + static_cast<long>(i));
                 has_ended = true;
             } else {
@@ -190,7 +227,7 @@ private:
             }
         if (!has_ended) return false;
         if (kernel.running.empty() && kernel.num_started == num_blocks_) {
-            check_arrivals(*case_.operations[current_[rank]], rank);
+            check_arrivals(operation, rank);
             kernel.num_started = 0;
             if (++current_[rank] == case_.operations.size()) {
                 ++num_over_;
@@ -224,7 +261,7 @@ private:
             if (current_[rank] == case_.operations.size()) continue;
             for (Kernel::Running& block : kernels_[rank].running)
                 for (const auto& warp : block.warps)
-                    for (int i = 0; i < FencingWarp::kStepsOfPass; ++i)
+                    for (int i = 0; i < kStepsOfPass; ++i)
                         if (step(*warp)) {
                             end_what_is_over(rank);
                             return true;
@@ -239,6 +276,7 @@ private:
     Case case_;
     Network network_;
     int num_blocks_, num_team_senders_, num_over_ = 0;
+    bool answers_directly_;
     Block::Shape shape_;
     uint32_t network_share_;
     std::vector<int> num_resident_;
@@ -260,6 +298,7 @@ int main(int num_arguments, char** arguments) {
     print("two slots of one row", tally.few_slots);
     print("several rows in a slot", tally.many_rows);
     print("slots used again", tally.reused);
+    print("slots of several rows used again", tally.many_rows_reused);
     print("rows", tally.rows);
     print("without rows", tally.empty);
     print("more blocks than slots", tally.many_blocks);
@@ -271,4 +310,8 @@ int main(int num_arguments, char** arguments) {
     print("a rank without tokens", tally.no_tokens);
     print("a node without rows", tally.node_without_rows);
     print("blocks of tokens without rows", tally.blocks_without_rows);
+    print("collectors", tally.collectors);
+    print("collectors that come too late", tally.late_collectors);
+    print("forwarders that collect", tally.collecting_forwarders);
+    print("forwarders that answer directly", tally.direct_forwarders);
 }

@@ -23,10 +23,22 @@ enum class Rule : int {
     kWaitForCredit,            // a sender waits for the credit of the slot's last chunk
     kCreditBehindLoads,        // credit is asked for after the chunk has been read
     kDrain,                    // senders end after their last credits
-    kRequestBehindResult,      // a block is finished, and its slot asked for again, after the slot has been read
+    kRequestBehindResult,      // a block of tokens is finished after its slot has been read
     kLastBehindResult,         // the same for the last block of a slot: the last word of a context comes after its last answer has been read
+    kRequestBehindFinished,    // a slot's next block is asked for when the one before is finished, not when its answers have come
     kLastForAll,               // contexts that never asked get a last word, too
+    kPostBehindAnswers,        // a block of tokens is posted when all nodes have answered, not one
+    kPostOnce,                 // a block of tokens is posted once
+    kAtOnceBehindStages,       // a token that goes through no stages waits for those of its block that do
+    kEntryBeforeCount,         // what is posted stands in the queue before it is counted
+    kClaimWork,                // one warp does what is posted: the one that has counted it as taken
+    kReadBeforeTaking,         // an entry of the queue is read before it is taken; later another one may stand there
+    kForwarderMayCollect,      // a forwarder collects where no collector has begun
+    kClaimCollecting,          // one block collects for a place: the one that has swapped its word
+    kWordOfThisOperation,      // a word of another operation does not say that somebody collects
     kServeOnce,                // forwarders act on each request once
+    kWordBehindParts,          // the word of an answer comes behind all parts of it
+    kStoresHaveRead,           // a stage has been read when the put of its part returns
     kNeverWaitForOne,          // a warp that forwards looks at all contexts of its block
     kSameBlockServesSlot,      // both ends of a slot belong to blocks of the same number
     kSignalBehindData,         // the network delivers a put's signal after its bytes
@@ -35,22 +47,36 @@ enum class Rule : int {
     kClaimRequests,            // one warp serves a request: the one that has swapped the word
     kEndBehindLastChunk,       // a deliver warp ends when no chunk is left to open, not when none is there
     kReadEndFirst,             // the credit warp reads that the deliver warps have ended before it looks for their last credits
-    kFinishInOrder,            // blocks of a slot are finished in their order, also those that wait for no answer
     kTableBeforeWord,          // a forward warp reads what has been served before it reads the request
-    kRequestsOutlastSources,   // the request warp goes on behind the last source warp while it can ask
     kDeliverUntilRelieved,     // a sender delivers until its team's deliverer has begun
     kKeepWhatIsHeld,           // a sender's warp that is relieved delivers what it has claimed
     kEntryOfThisOperation,     // an entry of another operation stands for the first chunk of its slot
     kNumRules,
 };
 
-// How words and bytes get to other ranks, and words to other warps of a block.
+// Orders between threads that can be left out on purpose.
+enum class Order : int {
+    kAll = 0,       // none is left out
+    kSignals,       // a put's signal is released behind its bytes
+    kWords,         // credits and requests are released behind the loads before them
+    kCredits,       // deliver warps release a chunk behind its loads
+    kFinished,      // source warps release a slot behind its loads,
+    kFreed,         // and the request warp acquires that
+    kPosts,         // a warp that posts releases what it has acquired and stored,
+    kTakes,         // and whoever takes that acquires it
+    kAnswers,       // the request warp acquires answers before it posts
+    kRequests,      // forwarders acquire a request before they post or serve it
+    kLastRequests,  // and the last one before the next operation
+    kNumOrders,
+};
+
+// How words and bytes get to other ranks.
 struct Port {
     virtual ~Port() = default;
     virtual void put(uint8_t* to, const uint8_t* from, int64_t num_bytes, uint64_t* word, uint64_t value) = 0;
+    // By stores of the calling warp, which have read `from` when this returns. `word` (null: none) comes behind all that the warp has stored before.
+    virtual void store(const void* warp, uint8_t* to, const uint8_t* from, int64_t num_bytes, uint64_t* word, uint64_t value) = 0;
     virtual void set_word(uint64_t* word, uint64_t value) = 0;
-    // In the block's shared memory, behind a fence of the block.
-    virtual void publish(int32_t* shared, int32_t value) = 0;
 };
 
 // Plain words are looked at without order; what a warp acts upon, it acquires.
@@ -100,16 +126,20 @@ struct Operation {
     uint64_t stamp(int source, int node, int64_t row) const {
         return ((index + 1) * 0x9E3779B97F4A7C15ull) ^ (static_cast<uint64_t>(source) << 56 | static_cast<uint64_t>(node) << 48 | static_cast<uint64_t>(row + 1));
     }
-    void write(uint8_t* message, int source, int node, int64_t row) const {
-        const uint64_t value = stamp(source, node, row);
-        for (int64_t byte = 0; byte < geometry.num_message_bytes; byte += 8) memcpy(message + byte, &value, 8);
+    void write(uint8_t* message, int source, int node, int64_t row) const { write(message, source, node, row, 0, geometry.num_message_bytes); }
+    // Bytes [begin, end) of a message, to `part`.
+    void write(uint8_t* part, int source, int node, int64_t row, int64_t begin, int64_t end) const {
+        for (int64_t byte = begin; byte < end; byte += 8) {
+            const uint64_t value = stamp(source, node, row) + byte;
+            memcpy(part + (byte - begin), &value, 8);
+        }
     }
     void take(const uint8_t* message, int source, int node, int64_t row) {
         const uint64_t expected = stamp(source, node, row);
         for (int64_t byte = 0; byte < geometry.num_message_bytes; byte += 8) {
             uint64_t value;
             memcpy(&value, message + byte, 8);
-            CHECK(value == expected, "operation %u (%s): row %lld of source %d, node %d is not in its place", index, is_combine ? "combine" : "dispatch",
+            CHECK(value == expected + byte, "operation %u (%s): row %lld of source %d, node %d is not in its place", index, is_combine ? "combine" : "dispatch",
                   static_cast<long long>(row), source, node);
         }
         ++arrivals[source][node][row];
@@ -120,11 +150,13 @@ struct Operation {
 struct DeviceWords {
     std::vector<uint64_t> next_chunks;       // of each slot and other node: what is expected, {epoch, chunk + 1}
     std::vector<uint64_t> deliverers_begun;  // of each team, {epoch, 1}
+    std::vector<uint64_t> collected;         // of each place, {epoch, 1}: some block collects
 
-    explicit DeviceWords(int num_ranks) : next_chunks(static_cast<size_t>(kMaxSlots) * (num_ranks - 1), 0), deliverers_begun(kMaxSlots, 0) {}
+    explicit DeviceWords(int num_ranks)
+        : next_chunks(static_cast<size_t>(kMaxSlots) * (num_ranks - 1), 0), deliverers_begun(kMaxSlots, 0), collected(kMaxSlots, 0) {}
 };
 
-// Who runs: a block of one rank in one operation. `num_team_senders`: BlockPlaces.
+// Who runs: a block of one rank in one operation. `num_team_senders`: of dispatch (BlockPlaces); combine has teams, too, where it is not 0.
 struct Place {
     NetworkWindow window;
     uint8_t* const* memories;  // of all ranks
@@ -133,12 +165,20 @@ struct Place {
     int block;
     int num_blocks;
     int num_team_senders;
+    bool answers_directly;
     Rule broken;
+    Order omitted;
     Port* port;
     DeviceWords* words;
 
     uint8_t* own() const { return memories[rank]; }
     bool keeps(Rule rule) const { return broken != rule; }
+    template <class T>
+    T acquire(const T* word, Order order) const {
+        return omitted == order ? peek(word) : streams::acquire(word);
+    }
+    // In the block's shared memory, behind a fence of the block.
+    void publish(int32_t* shared, int32_t value, Order order) const { __atomic_store_n(shared, value, omitted == order ? __ATOMIC_RELAXED : __ATOMIC_RELEASE); }
     // The same word or ring in a peer's memory.
     template <class T>
     T* at(int peer, T* address) const {
@@ -160,41 +200,63 @@ struct Context {
 // What a context carries next is a chunk's number, or one of these.
 constexpr int32_t kTaken = -2, kOver = -1;
 
+// Rows of a block of tokens that a node holds; they lie together at its forwarder.
+struct NodeRows {
+    int32_t begin, count;
+};
+
+// Work that one warp of a block posts and others take; a number stands there once at most.
+struct WorkQueue {
+    std::vector<int32_t> order;  // as many as there can be at a time, posted and not yet done
+    int32_t num_posted = 0, num_taken = 0, is_over = 0;
+};
+
 // A block's contexts, and what its warps share; all that is not named otherwise is zero at the start.
 struct Block {
     struct Shape {
         int num_sending_warps;    // send or source warps
         int num_receiving_warps;  // deliver or forward warps
-        int num_stages;           // rows that a deliver warp has under way at once
+        int num_stages;           // rows that a deliver warp has under way at once; of a source warp addends; of a warp that answers directly parts
+        int num_row_parts;        // of an answer's rows
+        int num_load_steps;       // of a source warp, until what is in a stage may be added up
+        int num_handshake_steps;  // of a forwarder that may have to collect
     };
     const Place place;
     Operation& operation;
     const Shape shape;
-    std::vector<int> slots;                     // of one ring
-    std::vector<Context> sending, receiving;    // slot by slot; of senders and sources, of forwarders
-    // Dispatch.
     BlockRole role = BlockRole::kBoth;
+    std::vector<int> slots;                     // of one ring
+    std::vector<Context> sending, receiving;    // slot by slot; of senders, of deliverers and forwarders
+    // Dispatch.
     int team = 0;
     std::vector<int32_t> next_sent;  // of each context: what goes into its slot next; at the start the slot
     std::vector<int32_t> credits;    // of each context: chunk + 1 that has been read
     int32_t num_deliverers_left = 0;
     // Combine.
-    std::vector<uint64_t> served;   // of each context: the newest word that a warp has acted upon
-    std::vector<int32_t> finished;  // of each slot: blocks of tokens that have been added up
-    int32_t num_taken = 0;          // blocks of tokens that warps have taken
-    int32_t num_sources_ended = 0;
+    int own_place = 0;
+    bool collects = false;
+    int32_t has_begun = 0;               // it is settled whether it collects
+    std::vector<uint64_t> served;        // of each context: the newest word that a warp has acted upon
+    std::vector<int32_t> heads;          // [contexts, rows of a slot]: rows that are asked for directly
+    std::vector<int32_t> asked, posted;  // of each slot: blocks of tokens that have been asked for; whose answers have come
+    std::vector<int32_t> finished;       // and that have been added up
+    std::vector<NodeRows> node_rows;     // [slots, D]: of the block of tokens that is asked for
+    std::vector<int32_t> rows;           // [slots, rows of a slot, D]: its tokens' rows
+    WorkQueue queue;                     // of own slots where the block collects, else of contexts
 
     Block(const Place& where, Operation& what, const Shape& warps) : place(where), operation(what), shape(warps), num_deliverers_left(warps.num_receiving_warps) {
         const int num_slots = operation.geometry.num_slots;
-        const int num_senders = operation.is_combine ? 0 : place.num_team_senders, num_places = BlockPlaces::num_places(place.num_blocks, num_senders);
+        const int num_senders = operation.is_combine ? min_of(place.num_team_senders, 1) : place.num_team_senders;
+        const int num_places = BlockPlaces::num_places(place.num_blocks, num_senders);
         const BlockPlaces places = BlockPlaces::of(place.block, num_senders);
         role = places.role;
         team = num_senders == 0 ? 0 : places.team(num_senders);
+        own_place = places.first;
         for (int i = 0; i < places.num_own_slots(num_slots, num_places, num_senders); ++i) {
             const int slot = places.slot_of(i, num_places, num_senders);
             CHECK(slot < num_slots, "slot %d of %d", slot, num_slots);
             if (place.keeps(Rule::kSameBlockServesSlot)) add(receiving, slot);
-            if (role == BlockRole::kDeliverer) continue;
+            if (role == BlockRole::kDeliverer && !operation.is_combine) continue;
             slots.push_back(slot);
             add(sending, slot);
         }
@@ -204,8 +266,14 @@ struct Block {
         }
         for (const Context& context : sending) next_sent.push_back(context.slot);
         credits.assign(receiving.size(), 0);
+        if (!operation.is_combine) return;
+        const size_t num_slot_rows = operation.geometry.num_slot_rows, num_ranks = place.num_ranks;
         served.assign(receiving.size(), 0);
-        finished.assign(slots.size(), 0);
+        heads.assign(receiving.size() * num_slot_rows, 0);
+        asked.assign(slots.size(), 0);
+        posted = finished = asked;
+        node_rows.assign(slots.size() * num_ranks, {0, 0});
+        rows.assign(slots.size() * num_slot_rows * num_ranks, 0);
     }
 
     Stream sent(int node) const { return Stream::of(operation.geometry, static_cast<int64_t>(operation.tokens[place.rank][node].size())); }
@@ -248,52 +316,8 @@ private:
     bool is_over_ = false;
 };
 
-// The one warp of a block that makes its fences for the whole system: it passes over all contexts and does what the other warps have made due,
-// until it has done all, or they have ended.
-class FencingWarp : public Warp {
-public:
-    static constexpr int kStepsOfPass = 5;  // the rest of one that began too early, and one that finds something or ends the warp
-
-    using Warp::Warp;
-    bool step() final {
-        switch (phase_) {
-            case Phase::kBegin:
-                is_last_pass_ = have_others_ended();
-                phase_ = Phase::kLook;
-                return false;
-            case Phase::kLook:
-                due_ = look();
-                has_work_ = !due_.empty();
-                phase_ = Phase::kWork;
-                return has_work_;
-            default:
-                if (!due_.empty()) {
-                    work(due_.back());
-                    due_.pop_back();
-                    return true;
-                }
-                phase_ = Phase::kBegin;
-                if (!place_.keeps(Rule::kReadEndFirst)) is_last_pass_ = have_others_ended();
-                return ends(is_last_pass_, has_work_) && end();
-        }
-    }
-
-protected:
-    struct Due {
-        int index;  // of the context
-        int32_t value;
-    };
-    virtual bool have_others_ended() const = 0;
-    virtual std::vector<Due> look() const = 0;
-    virtual void work(const Due& due) = 0;
-    virtual bool ends(bool is_last_pass, bool had_work) const = 0;
-
-private:
-    enum class Phase { kBegin, kLook, kWork };
-    Phase phase_ = Phase::kBegin;
-    bool is_last_pass_ = false, has_work_ = false;
-    std::vector<Due> due_;
-};
+// Steps in which a warp finds what it can do, if there is anything: the rest of a pass that began too early, and another one.
+constexpr int kStepsOfPass = 5;
 
 // What one rank received is complete when its part of the operation has ended.
 inline void check_arrivals(const Operation& operation, int rank) {

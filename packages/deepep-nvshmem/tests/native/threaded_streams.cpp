@@ -1,13 +1,11 @@
 // The same warps as threads, over memory that they share: what a warp reads was released to it by a word, or ThreadSanitizer says so. A put
-// copies at once, as it does over NVLink. With an even seed a rank has one block; with an odd one a team of two, one that sends and one that delivers.
+// copies at once, as it does over NVLink. With an even seed a rank has one block; with an odd one a team of two: one that sends and one that
+// delivers, one that forwards and one that collects. With every fourth seed forwarders answer directly.
 //
-//   threaded_streams SEED NUM_OPERATIONS [signals | words | tables]
-//
-// The last argument takes the release from a put's signal, from credits and requests, or from what the warps of a block publish to each other.
+//   threaded_streams SEED NUM_OPERATIONS [ORDER]      ORDER: number of an order that is left out
 #include <atomic>
 #include <chrono>
 #include <cstdlib>
-#include <string>
 #include <thread>
 
 #include "deepep/rdma/faults.hpp"
@@ -18,32 +16,23 @@ namespace {
 using namespace streams;
 
 constexpr int kMaxRanksHere = 3, kMaxTokensHere = 40;
-constexpr Block::Shape kShape{2, 2, 2};
-constexpr int kNumWarps = 5;  // of a block, with the one that fences
+constexpr Block::Shape kShape{2, 2, 2, 2, 0, 100};
+constexpr int kNumWarps = 5;  // of a block, with the one that gives credits back, or posts
 constexpr auto kPatience = std::chrono::seconds(250);  // of the whole program; what stands still does so for ever
 
 class SharedMemory final : public Port {
 public:
-    explicit SharedMemory(const std::string& relaxed)
-        : relaxes_signals_(relaxed == "signals"), relaxes_words_(relaxed == "words"), relaxes_tables_(relaxed == "tables") {
-        CHECK(relaxed.empty() || relaxes_signals_ || relaxes_words_ || relaxes_tables_, "signals, words or tables may be relaxed, not %s", relaxed.c_str());
-    }
+    explicit SharedMemory(Order omitted) : omitted_(omitted) {}
     void put(uint8_t* to, const uint8_t* from, int64_t num_bytes, uint64_t* word, uint64_t value) override {
         memcpy(to, from, num_bytes);
-        store(word, value, relaxes_signals_);
+        if (word != nullptr) set(word, value, Order::kSignals);
     }
-    void set_word(uint64_t* word, uint64_t value) override { store(word, value, relaxes_words_); }
-    void publish(int32_t* shared, int32_t value) override { store(shared, value, relaxes_tables_); }
+    void store(const void*, uint8_t* to, const uint8_t* from, int64_t num_bytes, uint64_t* word, uint64_t value) override { put(to, from, num_bytes, word, value); }
+    void set_word(uint64_t* word, uint64_t value) override { set(word, value, Order::kWords); }
 
 private:
-    template <class T>
-    static void store(T* word, T value, bool is_relaxed) {
-        if (is_relaxed)
-            __atomic_store_n(word, value, __ATOMIC_RELAXED);
-        else
-            __atomic_store_n(word, value, __ATOMIC_RELEASE);
-    }
-    const bool relaxes_signals_, relaxes_words_, relaxes_tables_;
+    void set(uint64_t* word, uint64_t value, Order order) const { __atomic_store_n(word, value, omitted_ == order ? __ATOMIC_RELAXED : __ATOMIC_RELEASE); }
+    const Order omitted_;
 };
 
 // Warps of one rank end an operation together: the end of a kernel.
@@ -85,18 +74,20 @@ void run_warp(Case& group, Rank& own, int rank, int number) {
 }  // namespace
 
 int main(int num_arguments, char** arguments) {
-    CHECK(num_arguments == 3 || num_arguments == 4, "usage: threaded_streams SEED NUM_OPERATIONS [signals | words | tables]");
+    CHECK(num_arguments == 3 || num_arguments == 4, "usage: threaded_streams SEED NUM_OPERATIONS [ORDER]");
     const uint64_t seed = std::strtoull(arguments[1], nullptr, 10);
     const int num_team_senders = static_cast<int>(seed % 2), num_blocks = 1 + num_team_senders;
     deepep::rdma::Random random(seed);
     Case group(random, std::atoi(arguments[2]), kMaxRanksHere, kMaxTokensHere);
-    SharedMemory port(num_arguments == 4 ? arguments[3] : "");
+    const Order omitted = num_arguments == 4 ? static_cast<Order>(std::atoi(arguments[3])) : Order::kAll;
+    SharedMemory port(omitted);
     std::vector<Rank> ranks(group.num_ranks);
     for (int rank = 0; rank < group.num_ranks; ++rank)
         for (const auto& operation : group.operations) {
             std::vector<std::unique_ptr<Warp>> warps;
             for (int number = 0; number < num_blocks; ++number) {
-                const Place place{group.window, group.memories.data(), rank, group.num_ranks, number, num_blocks, num_team_senders, Rule::kAll, &port, &group.words[rank]};
+                const Place place{group.window, group.memories.data(), rank, group.num_ranks, number, num_blocks, num_team_senders, seed % 4 == 1,
+                                  Rule::kAll, omitted, &port, &group.words[rank]};
                 ranks[rank].blocks.push_back(std::make_unique<Block>(place, *operation, kShape));
                 for (auto& warp : warps_of(*ranks[rank].blocks.back())) warps.push_back(std::move(warp));
             }
