@@ -191,13 +191,12 @@ int checked(const char* name, int value, int least, int most) {
 // Words that whoever collects keeps of a slot.
 int num_slot_words(const ChunkGeometry& geometry, const Group& group) { return 2 * group.num_nodes() + geometry.num_slot_rows * (group.num_nodes() + group.ranks_per_node); }
 
-// What a block keeps of its slots has to leave room for stages: where few SMs serve many small rows, slots have fewer of them, and in the end there are fewer slots.
+// What whoever collects keeps of a block's slots has to leave room for stages: where few SMs serve many small rows, slots have fewer of them, and in the end there are fewer slots.
 // The same on all ranks, as it has to be.
 void limit_slots(ChunkGeometry& geometry, const Group& group, int num_places) {
     constexpr int64_t kMaxTableBytes = 64 << 10;
     const auto num_bytes = [&] {
-        const int64_t num_others = group.num_nodes() - 1, num_heads = num_others * geometry.num_slot_rows * group.ranks_per_node;
-        return ceil_div(geometry.num_slots, num_places) * (num_others * kContextBytes + 4 * max_of(num_slot_words(geometry, group), num_heads));
+        return ceil_div(geometry.num_slots, num_places) * ((group.num_nodes() - 1) * kContextBytes + 4 * num_slot_words(geometry, group));
     };
     while (geometry.num_slot_rows > 1 && num_bytes() > kMaxTableBytes) --geometry.num_slot_rows;
     while (geometry.num_slots > 2 && num_bytes() > kMaxTableBytes) --geometry.num_slots;
