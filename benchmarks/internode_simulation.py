@@ -100,7 +100,8 @@ def compare(
 ) -> None:
     """Set what was measured on four and on two H200s beside model and simulation."""
     rows = []
-    for measured in records.load(files) if files else [*records.load(), *records.PRINTED_BEFORE, *records.PRINTED]:
+    printed = (*records.PRINTED_BEFORE, *records.PRINTED, *records.PRINTED_LATER, *records.PRINTED_COMBINE)
+    for measured in records.load(files) if files else [*records.load(), *printed]:
         machine = measured.machine
         # The model knows no routing but the uniform one.
         estimated = estimate(measured.operation, measured.shape, machine, num_sms=measured.num_sms)

@@ -16,14 +16,34 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from typer.testing import CliRunner
 
-from deep_ep.internode_model import H200_400G, H200_VIRTUAL_NODES, Operation, Ring, Shape, estimate, fan_out
+from deep_ep.internode_model import (
+    H200_400G,
+    H200_VIRTUAL_NODES,
+    Machine,
+    Operation,
+    Ring,
+    Shape,
+    estimate,
+    fan_out,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import internode_simulation  # noqa: E402
-from simulation import EARLIER, NOW, DispatchTimes, Kernel, Outcome, Scenario, records, simulate  # noqa: E402
-from simulation.cluster import draw_routing  # noqa: E402
+from simulation import (  # noqa: E402
+    COMBINE_NOW,
+    EARLIER,
+    NOW,
+    DispatchTimes,
+    Kernel,
+    Outcome,
+    Scenario,
+    cluster,
+    records,
+    simulate,
+)
+from simulation.cluster import CombineShape, draw_routing  # noqa: E402
 from simulation.dispatch import Dispatch  # noqa: E402
 
 OPERATIONS: tuple[Operation, ...] = get_args(Operation)
@@ -56,6 +76,49 @@ def test_one_row_out_of_shared_memory_takes_the_sum_of_its_steps() -> None:
     assert found.seconds * 1e6 == pytest.approx(4.0 + 6.0 + put + 2 * 1.3 + 3.5 + 0.66 + 1.3 + 6.5)
 
 
+def test_one_sum_takes_the_sum_of_its_steps() -> None:
+    shape = Shape(num_nodes=2, ranks_per_node=1, num_tokens=1, num_topk=1, num_experts=2)
+    at_the_other = np.array([[[[False], [True]]], [[[True], [False]]]])
+    begin = 4.0 + 6.0 + 5.0 + 0.66  # launch, handshake, request
+    put = 2 * 1.3 + 14400 / 3.0e3 + 0.66  # through the stages; one row needs no adding up
+    add = 12.0 + 14336 / 63.7e3 + 1.65  # seen and posted; SM and warp
+    end = 0.66 + 1.3 + 6.5
+    found = simulate(Scenario(operation="combine", shape=shape, machine=H200_VIRTUAL_NODES), at_the_other)
+    assert found.seconds * 1e6 == pytest.approx(begin + put - 14400 / 3.0e3 + 14464 / 3.0e3 + add + end)
+    assert found.network_bytes == 14464 + 8
+    earlier = Scenario(operation="combine", shape=shape, machine=H200_VIRTUAL_NODES, kernel=Kernel(combine_times=None))
+    put = 1.3 + 14336 / 3.0e3 + 14464 / 2.2e3 + 0.66
+    add = 1.3 + 14336 / 3.0e3
+    found = simulate(earlier, at_the_other)
+    assert found.seconds * 1e6 == pytest.approx(4.0 + 1.3 + 0.66 + put + add + 0.66 + 1.3)
+
+
+def test_rows_of_a_node_are_added_up_in_stages() -> None:
+    """Two nodes of two ranks; a token's rows lie at both ranks of the other node."""
+    shape = Shape(num_nodes=2, ranks_per_node=2, num_tokens=1, num_topk=2, num_experts=4)
+    at_the_other = np.zeros((4, 1, 2, 2), dtype=bool)
+    at_the_other[:2, 0, 1] = at_the_other[2:, 0, 0] = True
+    scenario = Scenario(operation="combine", shape=shape, machine=H200_VIRTUAL_NODES)
+    use = scenario.kernel.combine_shape(shape, H200_VIRTUAL_NODES)
+    assert (use.direct_warps, use.direct_stages, use.direct_parts) == (10, 3, 2)
+    # Three stages hold one half of two rows at a time: its way is not hidden.
+    each = 2 * 1.3 + 7232 / 3.0e3 + 2 * 1.65 / 2
+    add = 12.0 + 14336 / 63.7e3 + 1.65
+    found = simulate(scenario, at_the_other)
+    assert found.seconds * 1e6 == pytest.approx(4.0 + 6.0 + 5.0 + 0.66 + 2 * each + 0.66 + add + 0.66 + 1.3 + 6.5)
+
+
+def test_tokens_of_more_rows_than_stages_are_added_up_where_they_lie() -> None:
+    shape = Shape(num_nodes=2, ranks_per_node=8, num_tokens=1, num_topk=8, num_experts=16)
+    everywhere = np.zeros((16, 1, 2, 8), dtype=bool)
+    everywhere[:8, 0, 0, :6] = everywhere[8:, 0, 1, :6] = True  # six rows, five stages, nothing crosses
+    kernel = Kernel(num_sms=2)
+    assert kernel.combine_shape(shape, H200_400G).source_stages == 5
+    found = simulate(Scenario(operation="combine", shape=shape, machine=H200_400G, kernel=kernel), everywhere)
+    add = 1.3 + 6 * 14336 / 3.0e3
+    assert found.seconds * 1e6 == pytest.approx(4.0 + 6.0 + 5.0 + add + 5.0 + 1.3 + 6.5)
+
+
 def test_warps_take_no_row_before_a_stage_is_empty() -> None:
     """One SM, one warp of many stages or few; rows land 2.6 us after they were asked for."""
     shape = Shape(num_nodes=2, ranks_per_node=1, num_tokens=60, num_topk=1, num_experts=2, is_cached=True)
@@ -72,21 +135,25 @@ def test_warps_take_no_row_before_a_stage_is_empty() -> None:
     ("operation", "num_nodes", "ranks_per_node", "is_virtual", "num_sms", "recorded_us"),
     [
         ("dispatch", 2, 2, True, 24, 90.5),
-        ("combine", 2, 2, True, 24, 160.3),
-        ("combine", 4, 1, True, 24, 298.0),
-        ("dispatch", 2, 8, False, 12, 211.5),
-        ("combine", 2, 8, False, 12, 427.6),
+        ("combine", 2, 2, True, 24, 192.8),
+        ("combine", 4, 1, True, 24, 291.1),
+        ("dispatch", 2, 8, False, 12, 212.6),
+        ("combine", 2, 8, False, 12, 502.8),
+        ("earlier combine", 2, 2, True, 24, 160.3),
+        ("earlier combine", 4, 1, True, 24, 298.0),
     ],
 )
 def test_recorded_cases_come_out_again(
-    operation: Operation, num_nodes: int, ranks_per_node: int, is_virtual: bool, num_sms: int, recorded_us: float
+    operation: str, num_nodes: int, ranks_per_node: int, is_virtual: bool, num_sms: int, recorded_us: float
 ) -> None:
     """1024 tokens, so that it is quick; another draw of the routing moves these by less than 2 %."""
     shape = Shape(num_nodes=num_nodes, ranks_per_node=ranks_per_node, num_tokens=1024, is_cached=True)
     machine = H200_VIRTUAL_NODES if is_virtual else H200_400G
-    found = _run(operation, shape, machine, num_sms=num_sms)
+    kernel: dict[str, Any] = {"combine_times": None} if operation.startswith("earlier") else {}
+    what: Operation = "dispatch" if operation == "dispatch" else "combine"
+    found = _run(what, shape, machine, num_sms=num_sms, **kernel)
     assert found.seconds * 1e6 == pytest.approx(recorded_us, rel=0.02)
-    assert found.seconds >= estimate(operation, shape, machine, num_sms=num_sms).seconds * 0.97
+    assert found.seconds >= estimate(what, shape, machine, num_sms=num_sms).seconds * 0.97
 
 
 def test_records_of_one_node_come_out_within_15_percent() -> None:
@@ -117,10 +184,16 @@ def test_virtual_nodes_of_all_kinds_are_compared() -> None:
     kinds = {(m.operation, m.shape.num_nodes, m.shape.num_groups) for m in VIRTUAL}
     assert kinds == {(operation, nodes, groups) for operation in OPERATIONS for nodes in (2, 4) for groups in (1, 8)}
     assert all((m.kernel.num_team_senders, m.kernel.times) == (0, EARLIER) for m in VIRTUAL)
-    assert {m.kernel.times for m in records.PRINTED} == {NOW}
+    assert {m.kernel.combine_times for m in VIRTUAL} == {None}
+    assert {m.kernel.times for m in (*records.PRINTED, *records.PRINTED_LATER)} == {NOW}
+    assert {m.kernel.combine_times for m in records.PRINTED_COMBINE} == {COMBINE_NOW}
 
 
-@pytest.mark.parametrize("measured", [*VIRTUAL, *records.PRINTED], ids=_label)
+OTHER_WARPS = [m for m in records.PRINTED_COMBINE if m.kernel.source_warps]
+LATER = [*records.PRINTED_LATER, *(m for m in records.PRINTED_COMBINE if m not in OTHER_WARPS)]
+
+
+@pytest.mark.parametrize("measured", [*VIRTUAL, *records.PRINTED, *LATER], ids=_label)
 def test_virtual_nodes_come_out_within_15_percent(measured: records.Measured) -> None:
     found = simulate(measured.scenario, measured.routing())
     assert found.seconds == pytest.approx(measured.seconds, rel=0.15)
@@ -131,6 +204,12 @@ def test_earlier_kernels_of_two_nodes_are_as_far_off_as_the_docs_say() -> None:
     undivided = [m for m in records.PRINTED_BEFORE if m.kernel.num_team_senders == 0]
     off = {m.num_sms: simulate(m.scenario).seconds / m.seconds - 1 for m in undivided if m.num_sms in (8, 12)}
     assert off == {8: pytest.approx(0.30, abs=0.02), 12: pytest.approx(0.25, abs=0.02)}
+
+
+def test_combine_of_other_warps_is_as_far_off_as_the_docs_say() -> None:
+    """Forward warps of four stages were slower on 2 x 2, which the simulation does not show."""
+    off = [simulate(m.scenario).seconds / m.seconds - 1 for m in OTHER_WARPS]
+    assert off == [pytest.approx(-0.17, abs=0.01)] * 2
 
 
 # GB/s per GPU of a kernel that only copies, 12 SMs of so many warps (benchmarks/results/2026-11-21-h200-x2).
@@ -243,6 +322,7 @@ FEW = settings(max_examples=20, deadline=None)
     num_team_senders=st.sampled_from([0, 1, 2]),
     may_send_directly=st.booleans(),
     warps=st.integers(1, 3),
+    has_combine_teams=st.booleans(),
     more=st.integers(0, 3),
 )
 def test_the_smallest_ring_still_brings_every_row_to_its_place(
@@ -254,6 +334,7 @@ def test_the_smallest_ring_still_brings_every_row_to_its_place(
     num_team_senders: int,
     may_send_directly: bool,
     warps: int,
+    has_combine_teams: bool,
     more: int,
 ) -> None:
     routing = draw_routing(shape, seed)
@@ -265,6 +346,7 @@ def test_the_smallest_ring_still_brings_every_row_to_its_place(
         send_warps=warps,
         forward_warps=warps,
         source_warps=warps,
+        combine_times=COMBINE_NOW if has_combine_teams else None,
         ring_bytes=(MINIMUM + more) * shape.message_bytes(operation),
     )
     machine = H200_VIRTUAL_NODES if is_virtual else H200_400G
@@ -372,9 +454,7 @@ def test_rings_are_cut_as_the_kernels_cut_them(tmp_path: Path) -> None:
 
 def test_blocks_have_the_warps_of_the_kernels() -> None:
     csrc = ROOT / "packages/deepep-nvshmem/csrc/internode"
-    text = "".join(
-        (csrc / name).read_text() for name in ("dispatch_shape.cpp", "kernels.hpp", "combine.cu", "combine_parts.cuh")
-    )
+    text = "".join((csrc / name).read_text() for name in ("dispatch_shape.cpp", "kernels.hpp"))
 
     def constant(name: str) -> int:
         found = re.search(rf"\b{name} = (\d+)(?: \* 1024)?[,;]", text)
@@ -401,13 +481,48 @@ def test_blocks_have_the_warps_of_the_kernels() -> None:
     bf16 = Kernel(num_sms=many).dispatch_shape(replace(shape, is_fp8=False), H200_VIRTUAL_NODES)
     assert bf16.deliver_warps == constant("kSharedBudget") * 1024 // (2 * 14720)  # two stages of a row each
 
-    kernel = Kernel()
-    found = re.search(r"ranks_per_node == 1 && !sends_directly \? (\d+) : (\d+);", text)
-    assert found is not None
-    alone, together = map(int, found.groups())
-    num_warps = constant("kNumCombineWarps") - constant("kNumRequestWarps")
-    assert kernel.combine_warps(1) == (alone, num_warps - alone)
-    assert kernel.combine_warps(8) == (together, num_warps - together)
+
+def test_combine_has_the_warps_and_stages_of_the_kernels() -> None:
+    csrc = ROOT / "packages/deepep-nvshmem/csrc/internode"
+    text = (csrc / "combine.cu").read_text() + (csrc / "combine_parts.cuh").read_text()
+
+    def numbers(pattern: str) -> list[int]:
+        found = re.search(pattern, text)
+        assert found is not None, pattern
+        return list(map(int, found.groups()))
+
+    (num_warps,) = numbers(r"\bkNumCombineWarps = (\d+);")
+    (num_request_warps,) = numbers(r"\bkNumRequestWarps = (\d+);")
+    (both_forward,) = numbers(r"\bkUsualForwardWarps = (\d+)[,;]")
+    (least,) = numbers(r"\bkLeastSourceWarps = (\d+)[,;]")
+    (usual,) = numbers(r"\bkUsualSourceWarps = (\d+)[,;]")
+    (alone, together) = numbers(r"num_ranks == 1 \? (\d+) : (\d+)\)")
+    (table_kib,) = numbers(r"kMaxTableBytes = (\d+) << 10;")
+    assert re.search(r"has_teams\.value_or\(num_sms > 1\)", text)
+    assert re.search(r"chosen\(tuning\.num_stages, num_ranks \+ 1\)", text)
+    assert re.search(r"min_of\(num_ranks, 4\) \+ min_of\(num_nodes - 1, 4\)", text)
+    assert (num_warps - num_request_warps, table_kib << 10) == (cluster.COMBINE_WARPS, cluster.MAX_TABLE_BYTES)
+    assert tuple(range(usual, least - 1, -1)) == cluster.SOURCE_WARPS
+
+    def use(num_nodes: int, ranks_per_node: int, machine: Machine = H200_VIRTUAL_NODES, **kernel: Any) -> CombineShape:
+        shape = Shape(num_nodes=num_nodes, ranks_per_node=ranks_per_node, num_experts=512)
+        return Kernel(**kernel).combine_shape(shape, machine)
+
+    two, four = use(2, 1), use(2, 2)
+    assert (two.num_places, two.direct_warps, two.direct_stages) == (12, alone, 2)
+    assert (four.num_places, four.direct_warps, four.direct_stages) == (12, together, 3)
+    # Whole rows, if need be of fewer warps; halves where the fewest have no room.
+    assert [(u.source_warps, u.source_stages, u.source_parts) for u in (two, four, use(4, 1))] == [
+        (usual, 2, 1),
+        (least, 3, 1),
+        (usual, 4, 2),
+    ]
+    assert use(2, 8, H200_400G).direct_warps == 0
+    single = use(2, 8, num_sms=1)
+    assert (single.num_team_senders, single.both_warps) == (0, (both_forward, num_warps - 1 - both_forward))
+    # A place's 96 slots would take 96 * (63 * 24 + 4 * (128 + 2 * 72)) bytes; 64 KiB hold 28 of one row.
+    ring = use(64, 8, H200_400G, num_sms=8).ring
+    assert (ring.num_slots, ring.slot_rows) == (28 * 4, 1)
 
 
 def test_slots_go_to_teams_as_in_the_kernels() -> None:

@@ -1,6 +1,6 @@
 """A simulation of normal mode across nodes, chunk by chunk; ``benchmarks/internode_simulation.py`` runs it."""
 
-from .cluster import EARLIER, NOW, DispatchTimes, Kernel, Outcome, Scenario
+from .cluster import COMBINE_NOW, EARLIER, NOW, CombineTimes, DispatchTimes, Kernel, Outcome, Scenario
 from .combine import Combine
 from .dispatch import Dispatch
 
@@ -17,4 +17,14 @@ def simulate(scenario: Scenario, routing: object = None) -> Outcome:
     return cluster.outcome()
 
 
-__all__ = ["EARLIER", "NOW", "DispatchTimes", "Kernel", "Outcome", "Scenario", "simulate"]
+__all__ = [
+    "COMBINE_NOW",
+    "EARLIER",
+    "NOW",
+    "CombineTimes",
+    "DispatchTimes",
+    "Kernel",
+    "Outcome",
+    "Scenario",
+    "simulate",
+]

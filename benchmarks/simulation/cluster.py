@@ -6,7 +6,7 @@ Symbols as in `deep_ep.internode_model`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -17,7 +17,12 @@ from deep_ep.internode_model import CHUNK_BYTES, Machine, Operation, Ring, Shape
 from .engine import Clock, Server
 
 # Of dispatch_shape.cpp.
-LEAST_DIVIDED_SMS, MAX_PART_BYTES, SHARED_BYTES, ENOUGH_BYTES = 16, 16384, 214 << 10, 186 << 10
+LEAST_DIVIDED_SMS, MAX_PART_BYTES, SHARED_BYTES, ENOUGH_BYTES = 2, 16384, 214 << 10, 186 << 10
+# Of combine.cu: warps beside the one for requests; those of a block that forwards and collects; of one that collects.
+COMBINE_WARPS, BOTH_FORWARD_WARPS, SOURCE_WARPS = 15, 9, (7, 6, 5)
+MAX_TABLE_BYTES, CONTEXT_BYTES, STAGE_ITEM_BYTES, LEAST_PART_BYTES = 64 << 10, 24, 40, 1024
+# Shared memory of a block, less what the kernel declares (about 3 KiB); what a source warp keeps of a token.
+COMBINE_SHARED_BYTES, SCRATCH_BYTES = 224 << 10, 1296
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,22 +56,36 @@ IN_NODE = DispatchTimes(handshake_us=1.3, exit_us=0.0, deliver_warp_us=0.0, deli
 
 
 @dataclass(frozen=True, kw_only=True)
-class DispatchShape:
-    """How a dispatch uses its SMs.
+class CombineTimes:
+    """The same of combine's kernels of teams.
 
     Attributes:
-        num_team_senders: of a team; 0: every block sends and delivers.
-        sends_directly: senders put rows out of shared memory, not out of the send ring.
-        deliver_warps, send_warps: of a block that does so.
-        num_stages: rows that a block's deliver warps have on their way.
+        handshake_us, exit_us: as of dispatch.
+        request_us: from a slot's being free until its request is on its way.
+        answer_us: from an answer's arrival until a source warp can take its block: one warp looks at all words.
+        sum_sm_gbps, sum_warp_us: of rows in stages that are added up: of the SM; of a warp, for each whole row.
+        put_sm_gbps, put_warp_gbps: of sums put out of shared memory.
     """
+
+    handshake_us: float = 6.0
+    exit_us: float = 6.5
+    request_us: float = 5.0
+    answer_us: float = 12.0
+    sum_sm_gbps: float = 63.7
+    sum_warp_us: float = 1.65
+    put_sm_gbps: float = 26.4
+    put_warp_gbps: float = 3.0
+
+
+COMBINE_NOW = CombineTimes()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teams:
+    """Who serves which slots. ``num_team_senders``: of a team; 0: every block plays both roles."""
 
     num_sms: int
     num_team_senders: int
-    sends_directly: bool
-    deliver_warps: int
-    send_warps: int
-    num_stages: int
 
     @property
     def num_places(self) -> int:
@@ -87,21 +106,61 @@ class DispatchShape:
 
 
 @dataclass(frozen=True, kw_only=True)
+class DispatchShape(Teams):
+    """How a dispatch uses its SMs.
+
+    Attributes:
+        sends_directly: senders put rows out of shared memory, not out of the send ring.
+        deliver_warps, send_warps: of a block that does so.
+        num_stages: rows that a block's deliver warps have on their way.
+    """
+
+    sends_directly: bool
+    deliver_warps: int
+    send_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class CombineShape(Teams):
+    """How a combine uses its SMs: forwarders send, collectors deliver.
+
+    Attributes:
+        ring: as many slots of as many rows as the blocks' tables hold.
+        direct_warps, direct_stages, direct_parts: of a forwarder that puts sums out of shared memory; parts of a row. 0
+            warps: all put together in the send ring.
+        ring_warps: of a forwarder that puts sums together in the send ring.
+        both_warps: forward and source warps of a block that plays both roles.
+        source_warps, source_stages, source_parts: of a collector; 0 stages: it loads rows where it adds them up.
+    """
+
+    ring: Ring
+    direct_warps: int
+    direct_stages: int
+    direct_parts: int
+    ring_warps: int
+    both_warps: tuple[int, int]
+    source_warps: int
+    source_stages: int
+    source_parts: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Kernel:
     """How the kernels across nodes use a GPU; what is ``None`` is as in the kernels themselves.
 
     Attributes:
         num_sms: blocks, one per SM.
         num_team_senders: of dispatch's teams of senders and one deliverer each; 0: every block sends and delivers.
-        may_send_directly: dispatch may put rows out of shared memory where stores reach the peers.
+        may_send_directly: dispatch and combine may put rows out of shared memory where stores reach the peers.
         deliver_warps: of a block of dispatch: store rows of other nodes, and while there are none the own rows.
         send_warps: of a block of dispatch: pack messages and put them. In a team's sender the deliver warps do so, too.
-        forward_warps, source_warps: of a block of combine: sum for ranks of other nodes, sum the own tokens. ``None``:
-            of 19 warps 10 forward, 14 where a node is one rank, which has nothing of its own to sum. Puts of combine
-            are simulated as if they all read the send ring.
+        forward_warps, source_warps: of a block of combine: sum for ranks of other nodes, sum the own tokens.
+        forward_stages: of such a warp that puts out of shared memory.
         ring_bytes: of one ring; a rank keeps two per other node.
         chunk_bytes: what a slot aims at.
         times: of dispatch across nodes.
+        combine_times: ``None``: combine as it was until 2026-11-22, without teams and stages.
     """
 
     num_sms: int = 24
@@ -111,14 +170,68 @@ class Kernel:
     send_warps: int | None = None
     forward_warps: int | None = None
     source_warps: int | None = None
+    forward_stages: int | None = None
     ring_bytes: int = 12 << 20
     chunk_bytes: int = CHUNK_BYTES
     times: DispatchTimes = NOW
+    combine_times: CombineTimes | None = COMBINE_NOW
 
-    def combine_warps(self, ranks_per_node: int) -> tuple[int, int]:
-        """Forward and source warps of a block."""
-        forward = self.forward_warps or (14 if ranks_per_node == 1 else 10)
-        return forward, self.source_warps or 19 - forward
+    def combine_shape(self, shape: Shape, machine: Machine) -> CombineShape:
+        """As ``csrc/internode/combine.cu`` of deepep-nvshmem chooses where copies in bulk are to be had."""
+        num_nodes, num_ranks = shape.num_nodes, shape.ranks_per_node
+        ring = Ring.of(
+            self.ring_bytes,
+            shape.message_bytes("combine"),
+            self.chunk_bytes,
+            Ring.most_slots("combine", num_nodes),
+        )
+        if self.combine_times is None:
+            # Of 19 warps 10 forwarded, 14 where a node is one rank, which has nothing of its own to sum.
+            forward = self.forward_warps or (14 if num_ranks == 1 else 10)
+            source = self.source_warps or 19 - forward
+            return CombineShape(
+                num_sms=self.num_sms,
+                num_team_senders=0,
+                ring=ring,
+                direct_warps=0,
+                direct_stages=0,
+                direct_parts=0,
+                ring_warps=forward,
+                both_warps=(forward, source),
+                source_warps=source,
+                source_stages=0,
+                source_parts=0,
+            )
+        senders = min(1, self.num_sms - 1)
+        num_places = Teams(num_sms=self.num_sms, num_team_senders=senders).num_places
+        ring = _limited(ring, num_nodes, num_ranks, num_places)
+        num_slots = -(-ring.num_slots // num_places)
+        num_contexts = num_slots * (num_nodes - 1)
+        budget = COMBINE_SHARED_BYTES - num_contexts * CONTEXT_BYTES
+        collect_budget = budget - 4 * num_slots * _slot_words(ring, num_nodes, num_ranks)
+        row, stages = shape.row_bytes("combine"), min(num_ranks, 4) + min(num_nodes - 1, 4)
+        parts_of = {n: _num_parts(row, stages, collect_budget // n - SCRATCH_BYTES) for n in SOURCE_WARPS}
+        source = self.source_warps or next((n for n in SOURCE_WARPS if parts_of[n] == 1), SOURCE_WARPS[0])
+        source_parts = _num_parts(row, stages, collect_budget // source - SCRATCH_BYTES)
+        both_forward = self.forward_warps or BOTH_FORWARD_WARPS
+        direct, direct_parts, direct_stages = 0, 0, self.forward_stages or num_ranks + 1
+        if senders and machine.nic_gbps is None and self.may_send_directly:
+            direct = self.forward_warps or (14 if num_ranks == 1 else 10)
+            budget -= 4 * num_contexts * ring.slot_rows * num_ranks
+            direct_parts = _num_parts(row, direct_stages, budget // direct, -(-4 * shape.num_topk // 16) * 16)
+        return CombineShape(
+            num_sms=self.num_sms,
+            num_team_senders=senders,
+            ring=ring,
+            direct_warps=direct if direct_parts else 0,
+            direct_stages=direct_stages,
+            direct_parts=direct_parts,
+            ring_warps=self.forward_warps or COMBINE_WARPS,
+            both_warps=(both_forward, min(source, COMBINE_WARPS - both_forward)),
+            source_warps=source,
+            source_stages=stages if source_parts else 0,
+            source_parts=source_parts,
+        )
 
     def dispatch_shape(self, shape: Shape, machine: Machine) -> DispatchShape:
         """As ``csrc/internode/dispatch_shape.cpp`` of deepep-nvshmem chooses where copies in bulk are to be had."""
@@ -143,6 +256,30 @@ class Kernel:
             send_warps=self.send_warps or (15 - deliver if senders else 11),
             num_stages=deliver * max(1, num_each - 1),
         )
+
+
+def _slot_words(ring: Ring, num_nodes: int, num_ranks: int) -> int:
+    return 2 * num_nodes + ring.slot_rows * (num_nodes + num_ranks)
+
+
+def _limited(ring: Ring, num_nodes: int, num_ranks: int, num_places: int) -> Ring:
+    """Fewer rows of a slot, then fewer slots, until a block's tables of them are small enough."""
+
+    def num_bytes(ring: Ring) -> int:
+        each = (num_nodes - 1) * CONTEXT_BYTES + 4 * _slot_words(ring, num_nodes, num_ranks)
+        return -(-ring.num_slots // num_places) * each
+
+    while ring.slot_rows > 1 and num_bytes(ring) > MAX_TABLE_BYTES:
+        ring = replace(ring, slot_rows=ring.slot_rows - 1)
+    while ring.num_slots > 2 and num_bytes(ring) > MAX_TABLE_BYTES:
+        ring = replace(ring, num_slots=ring.num_slots - 1)
+    return ring
+
+
+def _num_parts(row_bytes: int, num_stages: int, warp_bytes: int, tail_bytes: int = 0) -> int:
+    """Into which a row is cut for stages in so many bytes of a warp; 0: they do not fit."""
+    most = (warp_bytes // num_stages - STAGE_ITEM_BYTES) // 128 * 128 - tail_bytes
+    return 0 if most < min(LEAST_PART_BYTES, row_bytes) else -(-row_bytes // most)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,14 +374,10 @@ class Cluster(ABC):
         self.row_bytes = self.shape.row_bytes(scenario.operation)
         self.message_bytes = self.shape.message_bytes(scenario.operation)
         self.least_bytes = self.row_bytes + self.shape.routing_bytes(scenario.operation)
-        most_slots = Ring.most_slots(scenario.operation, self.shape.num_nodes)
-        self.ring = Ring.of(self.kernel.ring_bytes, self.message_bytes, self.kernel.chunk_bytes, most_slots)
-        self.num_slots = self.ring.num_slots
         self.rows_landed = 0
         # SM microseconds and warp microseconds per byte.
         self.copy_sm, self.copy_warp = 1e-3 / self.machine.sm_copy_gbps, 1e-3 / self.machine.warp_copy_gbps
         self.put_warp = 1e-3 / self.machine.warp_put_gbps
-        self.begin = self.machine.launch_us + self.machine.flag_us  # READY of the local ranks
 
     def node_of(self, rank: int) -> int:
         return rank // self.shape.ranks_per_node
@@ -258,11 +391,7 @@ class Cluster(ABC):
         own = self.node_of(rank)
         return [(own + step) % self.shape.num_nodes for step in range(1, self.shape.num_nodes)]
 
-    def block_of(self, slot: int) -> int:
-        """The SM that serves a slot, alike for all nodes and at both ends."""
-        return slot % self.num_slots % self.kernel.num_sms
-
-    def send(self, src: int, dst: int, num_rows: int, block: int, arrived: Any, *arguments: Any) -> float:
+    def send(self, src: int, dst: int, num_rows: int, sm: int, arrived: Any, *arguments: Any) -> float:
         """Put rows into the peer's ring; ``arrived`` is called there. Returns when the sending warp is free."""
         now, num_bytes = self.clock.now, num_rows * self.message_bytes
         a, b = self.gpus[src], self.gpus[dst]
@@ -273,7 +402,7 @@ class Cluster(ABC):
             through = max(a.nic_out.serve(now, num_bytes + 8), b.nic_in.serve(now, num_bytes + 8))
         else:
             through = max(a.nvlink_out.serve(now, num_bytes), b.nvlink_in.serve(now, num_bytes))
-            busy = a.sms[block].serve(now, num_bytes * self.copy_sm)
+            busy = a.sms[sm].serve(now, num_bytes * self.copy_sm)
             free = through = max(through, busy, now + num_bytes * self.put_warp)
         self.clock.at(through + self.machine.network_us, arrived, *arguments)
         return free

@@ -6,10 +6,11 @@ from __future__ import annotations
 
 from collections import deque
 from functools import partial
-from itertools import compress
 from typing import Any
 
 import numpy as np
+
+from deep_ep.internode_model import Ring
 
 from .cluster import IN_NODE, Cluster, Scenario
 from .engine import Warps
@@ -25,6 +26,9 @@ class Dispatch(Cluster):
         self.times = kernel.times if self.shape.num_nodes > 1 else IN_NODE
         self.use = kernel.dispatch_shape(self.shape, machine)
         self.num_places = self.use.num_places
+        most_slots = Ring.most_slots("dispatch", self.shape.num_nodes)
+        self.ring = Ring.of(kernel.ring_bytes, self.message_bytes, kernel.chunk_bytes, most_slots)
+        self.num_slots = self.ring.num_slots
         self.first_of = [self.rank_at(self.node_of(rank), 0) for rank in range(self.shape.num_ranks)]
         # SM microseconds of a row: what it takes once, and for each copy.
         self.deliver_sm_us = self.row_bytes * 1e-3 / machine.sm_load_gbps + self.times.deliver_sm_us
@@ -55,10 +59,10 @@ class Dispatch(Cluster):
             self.deliverers.append(
                 {sm: Warps(self.use.deliver_warps, self.forward, partial(self.push, rank, sm)) for sm in sorted(sms)}
             )
-            self.own_rows.append(_rows(self.routing[rank, :, self.node_of(rank)])[::-1])
+            self.own_rows.append(rows_of(self.routing[rank, :, self.node_of(rank)])[::-1])
             self.num_outstanding[rank] += len(self.own_rows[rank])
             for node in self.other_nodes(rank):
-                rows = _rows(self.routing[rank, :, node])
+                rows = rows_of(self.routing[rank, :, node])
                 step = self.ring.chunk_rows(len(rows))
                 self.chunks[rank, node] = [rows[first : first + step] for first in range(0, len(rows), step)]
                 self.num_outstanding[rank] += len(self.chunks[rank, node])
@@ -205,7 +209,9 @@ class Dispatch(Cluster):
         return ", ".join(f"rank {r}: {n} chunks without credit" for r, n in enumerate(self.num_outstanding) if n)
 
 
-def _rows(in_local: Any) -> list[Row]:
+def rows_of(in_local: Any) -> list[Row]:
     """Of tokens that may go to a node (``[T, P]``): those that do."""
-    every = range(in_local.shape[1])
-    return [tuple(compress(every, row)) for row in in_local[np.any(in_local, axis=1)].tolist()]
+    num_ranks = in_local.shape[1]
+    every = [tuple(rank for rank in range(num_ranks) if code >> rank & 1) for code in range(1 << num_ranks)]
+    codes = in_local @ (1 << np.arange(num_ranks))
+    return [every[code] for code in codes[codes > 0].tolist()]

@@ -71,9 +71,9 @@ def measured_in(record: dict[str, Any], name: str) -> list[Measured]:
         num_groups=facts.get("num_groups", 1),
         num_topk_groups=facts.get("num_topk_groups", 1),
     )
-    # Until then every block of dispatch sent and delivered.
+    # Until then every block of dispatch sent and delivered, and of combine forwarded and collected.
     is_earlier = name.startswith(("2026-11-20", "2026-11-21"))
-    kernel = Kernel(num_team_senders=0, times=EARLIER) if is_earlier else Kernel()
+    kernel = Kernel(num_team_senders=0, times=EARLIER, combine_times=None) if is_earlier else Kernel()
     return [
         Measured(
             record=name,
@@ -96,33 +96,75 @@ def load(paths: Iterable[Path] | None = None) -> list[Measured]:
 
 
 def _printed(
-    record: str, us: float, to: Literal["all", "own", "next"] = "all", bf16: bool = False, **kernel: Any
+    record: str,
+    us: float,
+    *,
+    operation: Operation = "dispatch",
+    nodes: tuple[int, int] = (2, 1),
+    push_gbps: float = 323,
+    to: Literal["all", "own", "next"] = "all",
+    is_grouped: bool = False,
+    bf16: bool = False,
+    **kernel: Any,
 ) -> Measured:
-    """Dispatch between two nodes of one rank on two H200s, which push 323 GB/s."""
-    shape = Shape(num_nodes=2, ranks_per_node=1, is_fp8=not bf16, is_cached=True)
+    """``nodes`` of so many ranks each on H200s that push so much on 24 SMs; ``is_grouped``: four groups of eight."""
+    groups = {"num_groups": 8, "num_topk_groups": 4} if is_grouped else {}
+    shape = Shape(num_nodes=nodes[0], ranks_per_node=nodes[1], is_fp8=not bf16, is_cached=True, **groups)
     return Measured(
         record=record,
-        operation="dispatch",
+        operation=operation,
         shape=shape,
         kernel=Kernel(**kernel),
         seconds=us / 1e6,
-        machine=replace(H200_VIRTUAL_NODES, nvlink_push_gbps=323),
+        machine=replace(H200_VIRTUAL_NODES, nvlink_push_gbps=push_gbps),
         to=to,
     )
 
 
 # What stands as text in the records of two H200s: the present kernels, and those before, undivided and in teams.
 _TODAY, _BEFORE = "2026-11-22-h200-x2", "2026-11-21-h200-x2"
+_TODAY_X4 = "2026-11-22-h200-x4"
+_UNDIVIDED: dict[str, Any] = {"num_team_senders": 0}
+# Push limits of the runs themselves: 313 to 321 GB/s on four GPUs, and 304 where few SMs were tried.
+_X4: dict[str, Any] = {"push_gbps": 317}
+_FEW: dict[str, Any] = {"push_gbps": 304}
+# Of the window that an only other node has: 546 slots of two rows.
+_WIDE: dict[str, Any] = {"operation": "combine", "ring_bytes": 546 * 2 * 14464}
+_MORE_WARPS: dict[str, Any] = {"forward_warps": 7, "forward_stages": 4, "source_warps": 7}
 PRINTED = (
-    *(_printed(_TODAY, us, num_sms=n) for n, us in ((12, 340), (16, 210), (24, 160), (32, 149))),
-    _printed(f"{_TODAY}, own node", 55, "own"),
-    _printed(f"{_TODAY}, other node", 142, "next"),
+    _printed(f"{_TODAY}, undivided", 340, num_sms=12, **_UNDIVIDED),
+    *(_printed(_TODAY, us, num_sms=n) for n, us in ((16, 210), (24, 160), (32, 149))),
+    _printed(f"{_TODAY}, own node", 55, to="own"),
+    _printed(f"{_TODAY}, other node", 142, to="next"),
     _printed(f"{_TODAY}, bf16", 287, bf16=True),
     _printed(f"{_TODAY}, bf16, ring", 387, bf16=True, may_send_directly=False),
 )
+# Measured after the simulation knew dispatch in teams: nothing of it was changed for these.
+PRINTED_LATER = (
+    _printed(_TODAY_X4, 350, nodes=(2, 2), **_X4),
+    _printed(_TODAY_X4, 318, nodes=(2, 2), is_grouped=True, **_X4),
+    _printed(_TODAY_X4, 343, nodes=(4, 1), **_X4),
+    _printed(_TODAY_X4, 298, nodes=(4, 1), is_grouped=True, **_X4),
+    _printed(f"{_TODAY_X4}, undivided", 340, nodes=(2, 2), **_X4, **_UNDIVIDED),
+    _printed(f"{_TODAY_X4}, undivided", 439, nodes=(4, 1), **_X4, **_UNDIVIDED),
+    *(_printed(f"{_TODAY}, few", us, num_sms=n, **_FEW) for n, us in ((4, 670), (8, 362), (12, 250))),
+    *(
+        _printed(f"{_TODAY}, few, undivided", us, num_sms=n, **_FEW, **_UNDIVIDED)
+        for n, us in ((4, 884), (8, 459), (12, 337))
+    ),
+)
+# Teams of a forwarder and a collector; groups were measured shortly before, on 2 x 2 with other numbers of warps.
+PRINTED_COMBINE = (
+    _printed(_TODAY, 262, **_WIDE),
+    _printed(_TODAY_X4, 637, nodes=(2, 2), **_X4, **_WIDE),
+    _printed(_TODAY_X4, 684, nodes=(4, 1), operation="combine", **_X4),
+    _printed(_TODAY_X4, 616, nodes=(4, 1), operation="combine", is_grouped=True, **_X4),
+    _printed(f"{_TODAY_X4}, 7 warps", 694, nodes=(2, 2), **_X4, **_WIDE, **_MORE_WARPS),
+    _printed(f"{_TODAY_X4}, 7 warps", 634, nodes=(2, 2), is_grouped=True, **_X4, **_WIDE, **_MORE_WARPS),
+)
 PRINTED_BEFORE = (
     *(
-        _printed(f"{_BEFORE}, undivided", us, num_sms=n, num_team_senders=0, times=EARLIER)
+        _printed(f"{_BEFORE}, undivided", us, num_sms=n, times=EARLIER, **_UNDIVIDED)
         for n, us in ((8, 604), (12, 423), (16, 368), (24, 290), (32, 239))
     ),
     _printed(f"{_BEFORE}, teams", 185, times=EARLIER),
