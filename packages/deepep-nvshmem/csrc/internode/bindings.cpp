@@ -167,8 +167,8 @@ void bind_runtime(py::module_& m) {
         .def("combine",
              [](Runtime& self, uint64_t x, int64_t num_recv_tokens, int64_t num_row_bytes, uint64_t topk_weights, int num_topk, uint64_t bias_0, uint64_t bias_1,
                 uint64_t recv_rdma_rank_prefix, uint64_t send_rdma_head, uint64_t send_nvl_head, int64_t num_forward_rows, int64_t num_tokens, uint64_t out,
-                uint64_t out_topk_weights, int num_sms, uint64_t stream, int num_warps, int num_stages, int num_source_warps, int num_source_stages, int64_t num_chunk_bytes, std::optional<bool> has_teams,
-                bool may_send_directly) {
+                uint64_t out_topk_weights, int num_sms, uint64_t stream, int num_warps, int num_stages, int num_source_warps, int num_source_stages,
+                std::optional<bool> has_teams, bool may_send_directly) {
                  CombineArgs args{};
                  args.x = pointer<uint8_t>(x);
                  args.topk_weights = pointer<float>(topk_weights);
@@ -183,11 +183,12 @@ void bind_runtime(py::module_& m) {
                  args.num_topk = num_topk;
                  args.out = pointer<uint8_t>(out);
                  args.out_topk_weights = pointer<float>(out_topk_weights);
-                 self.combine(args, num_row_bytes, {num_sms, num_warps, num_stages, num_source_warps, num_source_stages, num_chunk_bytes, has_teams, may_send_directly}, stream_of(stream));
+                 const CombineTuning tuning{num_sms, num_warps, num_stages, num_source_warps, num_source_stages, has_teams, may_send_directly};
+                 self.combine(args, num_row_bytes, tuning, stream_of(stream));
              },
              py::kw_only(), "x"_a, "num_recv_tokens"_a, "num_row_bytes"_a, "topk_weights"_a, "num_topk"_a, "bias_0"_a, "bias_1"_a, "recv_rdma_rank_prefix"_a,
              "send_rdma_head"_a, "send_nvl_head"_a, "num_forward_rows"_a, "num_tokens"_a, "out"_a, "out_topk_weights"_a, "num_sms"_a, "stream"_a, "num_warps"_a = 0,
-             "num_stages"_a = 0, "num_source_warps"_a = 0, "num_source_stages"_a = 0, "num_chunk_bytes"_a = 0, "has_teams"_a = py::none(), "may_send_directly"_a = true);
+             "num_stages"_a = 0, "num_source_warps"_a = 0, "num_source_stages"_a = 0, "has_teams"_a = py::none(), "may_send_directly"_a = true);
 }
 
 }  // namespace

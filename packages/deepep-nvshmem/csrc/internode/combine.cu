@@ -5,14 +5,14 @@
 //
 // Forward warps  partial sums of this node for tokens of other nodes, on request (combine_forward.cuh, combine_direct.cuh).
 // Source warps   the own node's partial sums, and the results (combine_source.cuh).
-// Request warp   of whoever collects: requests for this rank's tokens. Of a forwarder: looks at those of others.
+// Request warp   of whoever collects: requests for this rank's tokens, and looks for the answers (combine_requests.cuh). Of a direct forwarder: looks at the requests of others.
 //
 // Before: the handle of the dispatch says where each token's rows lie (send_rdma_head at the source, send_nvl_head at the forwarder). A local
 // rank's rows are read only after its READY was seen; its kernel ends only after all local ranks have said READ_DONE.
 // Every slot of a ring is free when the kernel starts and when it ends: the last word of a context comes after its last answer has been
 // consumed, so nothing is under way in either ring when both ends have passed it.
-// No deadlock: forward warps wait for requests alone and never block on one; source warps wait for the forwarders of their own place and for source warps
-// that took earlier tokens; block numbers are drawn in the order in which blocks start, so the lowest unfinished place has a forwarder that runs on every
+// No deadlock: forward warps wait for requests alone and never block on one; source warps take what has been answered; request warps wait for the forwarders
+// of their own place, for none before another; block numbers are drawn in the order in which blocks start, so the lowest unfinished place has a forwarder that runs on every
 // rank, and whoever collects for it runs. One resident block is enough, and the number of blocks has to be the same on all ranks.
 #include "deepep/common/exceptions.hpp"
 #include "internode/combine_direct.cuh"
@@ -238,11 +238,9 @@ void shape_combine(CombineArgs& args, const CombineTuning& tuning, int num_share
     int64_t num_work_bytes = num_stage_bytes(args.collect) + num_source_warps * static_cast<int>(sizeof(SourceScratch)) + num_slot_bytes;
 
     args.num_forward_warps = checked("num_warps", chosen(tuning.num_warps, kUsualForwardWarps), 1, kLastWarp - 1);
-    bool has_stores = true;
-    for (int node = 0; node < num_nodes; ++node) has_stores = has_stores && (node == args.domain.group.node() || args.domain.has_stores_to(node));
     args.loads_weights = args.num_topk > 0 && args.num_topk % 4 == 0;
     args.forward = {};
-    if (args.has_teams && has_stores && has_bulk && tuning.may_send_directly) {
+    if (args.has_teams && args.domain.has_stores_to_all() && has_bulk && tuning.may_send_directly) {
         const int num_head_bytes = static_cast<int>(align_up(4ll * args.num_block_contexts * args.geometry.num_slot_rows * num_ranks, 16));
         const int num_warps = chosen(tuning.num_warps, num_ranks == 1 ? 14 : 10);
         const int num_stages = checked("num_stages", chosen(tuning.num_stages, num_ranks + 1), num_ranks, kMaxAddendStages);

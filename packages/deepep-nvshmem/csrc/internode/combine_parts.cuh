@@ -17,8 +17,11 @@ constexpr int kNumCombineWarps = 16;  // of all roles together
 constexpr int kMaxCombineNodes = 64;
 constexpr int kNumBiases = 2;
 
-using PartialAddends = Addends<kMaxNodeRanks>;
-using ResultAddends = Addends<kNumBiases + kMaxCombineNodes>;
+// A node's partial sum of a row, as one warp lists it in shared memory.
+struct PartialAddends {
+    const uint8_t* rows[kMaxNodeRanks];
+    const float* weights[kMaxNodeRanks];
+};
 
 // Slot k (of any node, at either end of a stream) belongs to place k % num_places. Blocks are numbered in the order in which they start, and so are
 // the places of their forwarders: the lowest unfinished place of the group never waits for one that nobody serves.

@@ -70,9 +70,7 @@ void shape_dispatch(DispatchArgs& args, const Tuning& tuning, bool has_bulk) {
         args.num_deliver_warps = static_cast<int>(min_of(num_usual_deliver_warps, most_warps));
         args.num_stages = 1;
     }
-    bool has_stores = true;
-    for (int node = 0; node < num_nodes; ++node) has_stores = has_stores && (node == args.node || args.domain.has_stores_to(node));
-    args.sends_directly = is_divided && has_stores && tuning.may_send_directly && args.use_bulk && args.parts.num_parts == 1;
+    args.sends_directly = is_divided && args.domain.has_stores_to_all() && tuning.may_send_directly && args.use_bulk && args.parts.num_parts == 1;
     const int num_stages = args.num_deliver_warps * args.num_stages;
     args.num_dynamic_bytes = num_stages * (args.num_stage_bytes + kItemBytes) + 16 + num_table_bytes;
     if (!args.use_bulk && args.num_dynamic_bytes > kMaxPlainSharedBytes)

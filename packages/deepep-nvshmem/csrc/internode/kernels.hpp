@@ -56,6 +56,11 @@ struct Domain {
     uint32_t* host_masks;    // [2][ceil(N / 32)]
 
     DEEPEP_HOST_DEVICE bool has_stores_to(int node) const { return node < 64 && (nodes_stored_to >> node & 1) != 0; }
+    DEEPEP_HOST_DEVICE bool has_stores_to_all() const {
+        for (int node = 0; node < group.num_nodes(); ++node)
+            if (node != group.node() && !has_stores_to(node)) return false;
+        return true;
+    }
 };
 
 struct LayoutArgs {
@@ -256,7 +261,6 @@ struct CombineTuning {
     int num_stages;  // of each that answers directly; 0: choose
     int num_source_warps = 0;   // of a collector; 0: choose
     int num_source_stages = 0;  // of each; 0: choose
-    int64_t num_chunk_bytes = 0;  // of a slot, the same on all ranks; 0: the domain's
     std::optional<bool> has_teams = std::nullopt;  // the same on all ranks
     bool may_send_directly = true;
 };
@@ -267,7 +271,7 @@ cudaError_t launch_plan(const PlanArgs& args, cudaStream_t stream);
 cudaError_t launch_dispatch(const DispatchArgs& args, int num_sms, cudaStream_t stream);
 cudaError_t launch_combine(const CombineArgs& args, int num_sms, cudaStream_t stream);
 
-// Fill the fields under "how" (but message and geometry) from the others; ArgumentError for what cannot be.
+// Fill the fields under "how" (but message and geometry, which combine may make smaller) from the others; ArgumentError for what cannot be.
 void shape_dispatch(DispatchArgs& args, const Tuning& tuning, bool has_bulk);
 // `num_shared_bytes`: what a block may have in all.
 void shape_combine(CombineArgs& args, const CombineTuning& tuning, int num_shared_bytes, bool has_bulk);

@@ -198,9 +198,9 @@ void Runtime::require_sms(const char* op, int num_sms) const {
             std::string(op) + ": num_sms is " + text(num_sms) + "; this device takes 1 to " + text(num_device_sms_) + ".");
 }
 
-ChunkGeometry Runtime::geometry_of(const char* op, int64_t num_message_bytes, bool is_combine, int64_t num_chunk_bytes) const {
-    const ChunkGeometry geometry = ChunkGeometry::of(domain_.window.num_ring_bytes, num_message_bytes, num_chunk_bytes > 0 ? num_chunk_bytes : domain_.num_chunk_bytes,
-                                                     num_chunk_bytes > 0 ? kMaxSlots : ChunkGeometry::most_slots(is_combine, domain_.group.num_nodes()));
+ChunkGeometry Runtime::geometry_of(const char* op, int64_t num_message_bytes, bool is_combine) const {
+    const ChunkGeometry geometry = ChunkGeometry::of(domain_.window.num_ring_bytes, num_message_bytes, domain_.num_chunk_bytes,
+                                                     ChunkGeometry::most_slots(is_combine, domain_.group.num_nodes()));
     require(geometry.is_usable(), std::string(op) + ": a message of this row size has " + text(num_message_bytes) + " bytes; a ring holds " +
                                       text(domain_.window.num_ring_bytes) + ", and two messages have to fit.");
     return geometry;
@@ -290,7 +290,7 @@ bool Runtime::dispatch(DispatchArgs args, const int32_t* unlisted_rdma_head, con
     require_symmetric(args.recv_topk_weights, 4ll * message.num_topk, "recv_topk_weights");
     require_symmetric(args.recv_src_meta, message.is_cached ? 0 : 8, "recv_src_meta");
     args.domain = domain_;
-    args.geometry = geometry_of("dispatch", message.num_bytes(), false, 0);
+    args.geometry = geometry_of("dispatch", message.num_bytes(), false);
     shape_dispatch(args, tuning, has_bulk_);
     const DeviceGuard guard(config_.device);
     if (unlisted_rdma_head != nullptr) {
@@ -324,7 +324,7 @@ void Runtime::combine(CombineArgs args, int64_t num_row_bytes, const CombineTuni
     require(is_aligned(args.out, 16) && is_aligned(args.bias_0, 16) && is_aligned(args.bias_1, 16), "combine: out and the biases must be aligned to 16 bytes.");
     args.domain = domain_;
     args.message = {num_row_bytes, args.num_topk};
-    args.geometry = geometry_of("combine", args.message.num_bytes(), true, tuning.num_chunk_bytes);
+    args.geometry = geometry_of("combine", args.message.num_bytes(), true);
     shape_combine(args, tuning, num_shared_bytes_, has_bulk_);
     const DeviceGuard guard(config_.device);
     check_runtime(launch_combine(args, tuning.num_sms, stream), "launching combine");

@@ -80,7 +80,7 @@ private:
     void clear_memory(cudaStream_t stream) const;
     void require_experts(int num_experts) const;
     void require_sms(const char* op, int num_sms) const;
-    ChunkGeometry geometry_of(const char* op, int64_t num_message_bytes, bool is_combine, int64_t num_chunk_bytes) const;  // 0: the domain's
+    ChunkGeometry geometry_of(const char* op, int64_t num_message_bytes, bool is_combine) const;
     bool rows_fit(const AwaitedCounts& awaited, int64_t capacity, int64_t num_forward_capacity) const;
 
     RuntimeConfig config_;

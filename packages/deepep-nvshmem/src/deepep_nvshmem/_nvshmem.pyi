@@ -187,7 +187,6 @@ class Runtime:
         num_stages: int = 0,
         num_source_warps: int = 0,
         num_source_stages: int = 0,
-        num_chunk_bytes: int = 0,
         has_teams: bool | None = None,
         may_send_directly: bool = True,
     ) -> None: ...

@@ -106,7 +106,6 @@ def test_generated_shapes_and_tunings_agree_with_tensor_arithmetic(seed: int) ->
         "num_stages": draw.choice([0, num_ranks, num_ranks + 1, 16]),
         "num_source_warps": draw.choice([0, 1, 3, 15]),
         "num_source_stages": draw.choice([0, 1, 2, 4, 9]),
-        "num_chunk_bytes": draw.choice([0, 0, 1, 4096]),
     }
     case = replace(case, has_stores=draw.random() < 0.7, num_sms=draw.choice([1, 2, 3, 4, 7]))
     round_trips(replace(case, combine_tuning=tuple(tuning.items())), order=seed)
