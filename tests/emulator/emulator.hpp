@@ -49,6 +49,7 @@ uint64_t tick();
 void* dynamic_shared();
 // The block's variable that belongs to this tag.
 void* shared(const void* tag, size_t num_bytes);
+bool is_shared(const void* address);  // of the running block
 
 enum class WarpOp : uint8_t { kSync, kShuffle, kBallot, kAny, kAll, kMatchAny, kMaxUnsigned, kMinUnsigned, kAddUnsigned, kOr, kAnd, kMaxSigned, kMinSigned };
 // Joins the lanes of `mask`; each gets its own answer. `source`: the lane that a shuffle reads. Stricter than CUDA, lanes have to meet in one line of

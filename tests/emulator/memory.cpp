@@ -212,4 +212,16 @@ void* shared(const void* tag, size_t num_bytes) {
     return found->second.memory.get();
 }
 
+bool is_shared(const void* address) {
+    const Block& block = *machine.current->block;
+    const auto lies_in = [&](const Memory& memory, size_t num_bytes) {
+        const uint8_t* begin = memory.get();
+        return begin != nullptr && address >= begin && address < begin + num_bytes;
+    };
+    if (lies_in(block.dynamic, block.kernel->num_dynamic_bytes)) return true;
+    for (const auto& [tag, variable] : block.statics)
+        if (lies_in(variable.memory, variable.num_bytes)) return true;
+    return false;
+}
+
 }  // namespace emulator

@@ -36,6 +36,7 @@ def run(case: str, seed: int = 1) -> list[int]:
         ("barrier_of_two_sizes", [r"barrier 1 is used for \d+ and for \d+ threads at once"]),
         ("wait_for_nobody", [r"somebody waits without a deadline", r"lanes ffffffff polls"]),
         ("end_before_a_copy_has_read", [r"block 0 ends before its copies have read their source"]),
+        ("promise_of_other_memory", [r"a promise is not kept: __isShared\(m\)"]),
         ("write_behind_shared_memory", [r"has written behind its dynamic shared memory"]),
     ],
 )

@@ -120,6 +120,12 @@ __global__ void end_before_a_copy_has_read(Memory* m, int) {
     for (int i = 0; i < 8; ++i) ptx::bulk_store(m->data + i * kNumWords, stage, kNumWords * 4);
     ptx::bulk_commit();
 }
+__global__ void promise_of_other_memory(Memory* m, int) {
+    __shared__ uint32_t word;
+    __builtin_assume(__isShared(&word));
+    __builtin_assume(__isGlobal(m));
+    __builtin_assume(__isShared(m));
+}
 __global__ void write_behind_shared_memory(Memory*, int) {
     extern __shared__ __align__(128) uint32_t stage[];
     if (threadIdx.x == 0) stage[kNumWords] = 1;
@@ -159,6 +165,7 @@ const Case kCases[] = {
     {"bulk_store_and_wait", bulk_store<true>, 1, 32, 0},
     {"bulk_store_only", bulk_store<false>, 1, 32, 0},
     DEEPEP_CASE(end_before_a_copy_has_read, 1, 32, 0),
+    DEEPEP_CASE(promise_of_other_memory, 1, 32, 0),
     DEEPEP_CASE(write_behind_shared_memory, 1, 32, 0),
     DEEPEP_CASE(read_what_nobody_wrote, 1, 32, 0),
     DEEPEP_CASE(come_in_any_order, 3, 128, 0),

@@ -156,10 +156,10 @@ inline void __syncwarp(unsigned mask = 0xffffffffu, const char* file = __builtin
 inline void __syncthreads() { emulator::barrier(0, 0, true, false); }
 inline int __syncthreads_or(int value) { return emulator::barrier(0, 0, true, value != 0); }
 inline void __threadfence_block() {}
-// What kernels promise about addresses, for the sake of better instructions.
-inline bool __isShared(const void*) { return true; }
-inline bool __isGlobal(const void*) { return true; }
-#define __builtin_assume(condition) static_cast<void>(condition)
+// What kernels promise about addresses, for the sake of better instructions, is looked at.
+inline bool __isShared(const void* address) { return emulator::is_shared(address); }
+inline bool __isGlobal(const void* address) { return !emulator::is_shared(address); }
+#define __builtin_assume(condition) ((condition) ? void() : emulator::fail(std::string("a promise is not kept: " #condition " in ") + __FILE__))
 inline void __threadfence() {}
 inline void __threadfence_system() {}
 inline void __nanosleep(unsigned) { emulator::pause(); }
