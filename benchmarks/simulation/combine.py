@@ -120,7 +120,9 @@ class Combine(Cluster):
     def put(self, rank: int, forwarder: int, block: int) -> None:
         place, num_rows = self.place_of(block), self.num_rows[rank][block][self.node_of(forwarder)]
         free = self.send(forwarder, rank, num_rows, self.use.sender(place), self.arrive, rank, block)
-        self.clock.at(free, self.forwarders[forwarder][place].release)
+        warps = self.forwarders[forwarder][place]
+        assert isinstance(warps, Warps)  # others put out of their stages
+        self.clock.at(free, warps.release)
 
     # --- collecting ---
 
@@ -174,9 +176,6 @@ class DirectForwarder:
         self.requests.append((rank, block))
         if self.idle:
             self.idle.pop().step()
-
-    def release(self) -> None:
-        raise NotImplementedError("its warps look for requests themselves")
 
 
 class DirectWarp:
