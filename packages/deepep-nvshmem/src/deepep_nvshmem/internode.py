@@ -67,8 +67,7 @@ class Routing(NamedTuple):
 class RoutingBlock:
     """One block for all of `Routing`, so that a handle keeps alive what its dispatch reads on another stream.
 
-    The kernels need addresses alone. Tensors of the parts, a fifth of a call's time on the host, are made for the
-    handle once the GPU has its work.
+    The kernels need addresses alone. Tensors of the parts are made for the handle once the GPU has its work.
     """
 
     __slots__ = ("_block", "_num_nodes", "_num_ranks", "_num_tokens", "_starts", "addresses")
