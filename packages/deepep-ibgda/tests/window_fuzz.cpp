@@ -118,6 +118,7 @@ void check_regions() {
         {window.verdicts_offset(), 4ll * num_ranks},
         {window.waits_offset(), 8ll * kNumDirections * num_ranks},
         {window.claims_offset(), 4ll * kNumDirections * kMaxBlocks},
+        {window.draws_offset(), 2 * kNumDirections * LowLatencyWindow::kAlignment},
         {window.arenas_offset(), 8ll * num_ranks},
         {window.credits_offset(), 8ll * kNumDirections * num_ranks},
         {window.boxes_offset(), 0},

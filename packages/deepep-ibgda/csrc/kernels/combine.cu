@@ -80,6 +80,11 @@ CombinePlan plan_of(const CombineArgs& args, int num_blocks) {
     plan.chunk_shift = 0;
     while (plan.num_sending_blocks == 0 && kWorkerWarps << (plan.chunk_shift + 1) <= plan.num_parts && num_rows << (plan.chunk_shift + 1) <= num_items) ++plan.chunk_shift;
     plan.num_chunk_parts = static_cast<int>(ceil_div(plan.num_parts, 1 << plan.chunk_shift));
+    // A row for another node goes as a whole.
+    plan.num_pieces = static_cast<int>(ceil_div(plan.num_parts, args.use_logfmt ? kPieceParts<LogfmtFormat> : kPieceParts<PlainFormat>));
+    plan.by_num_pieces = Divisor::of(static_cast<uint32_t>(plan.num_pieces));
+    const bool draws = plan.num_sending_blocks > 0 && !args.domain.remote.any() && static_cast<int64_t>(plan.num_pieces) * plan.num_sources * args.max_tokens < 1 << 30;
+    plan.num_dealt = draws ? static_cast<int>(min_of(kMostDealt, 32 >> plan.choice_shift)) : 0;
     // A share's rows are num_shares items apart: by itself that leads from source to source, unless the number of sources divides it.
     const int distance = num_shares >> plan.chunk_shift, num_sources = static_cast<int>(max_of(plan.num_sources, 1));
     plan.turn_shift = distance > 0 && distance % num_sources == 0 ? log2_ceil(distance / num_sources + 1) - 1 : 30;

@@ -115,7 +115,9 @@ private:
         WeightedSum<Format, 1> sum;
 #pragma unroll 1
         for (unsigned left = __ballot_sync(kAllLanes, rank_ == args_.domain.rank && is_expert_row(args_, choice.row)); left != 0;)
-            left = sum.add(args_, left, choice.row, __float_as_uint(choice.weight), begin, 0, is_inside ? 1 : 0, [] { return true; });
+            left = sum.add(
+                args_, left, [&](int l) { return __shfl_sync(kAllLanes, choice.row, l); },
+                [&](int l) { return __float_as_uint(__shfl_sync(kAllLanes, choice.weight, l)); }, begin, 0, is_inside ? 1 : 0, [] { return true; });
         return Format::encode(sum.rounded(0));
     }
 

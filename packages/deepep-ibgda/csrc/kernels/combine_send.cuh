@@ -1,67 +1,9 @@
 #pragma once
 // The sending half of combine: warps of a block share rows, each takes parts of them. It adds up what this rank's experts made of a source's
 // token and stores the sum into the source's slot. A row alone goes as it is, and so do all with ll_reduce = "expert": the source multiplies.
-#include "combine_shared.cuh"
+#include "combine_draw.cuh"
 
 namespace deepep::ibgda {
-
-constexpr int kWorkerWarps = kNumWorkers / 32;
-
-// A weight that did not travel with dispatch: it goes to the rank of its choice, as a signal word of the operation's sequence.
-struct Weight {
-    int64_t expert;
-    float value;
-
-    __device__ static Weight load(const CombineArgs& args, int i) { return {args.topk_idx[i], args.topk_weights[i]}; }
-    template <bool kRemote>
-    __device__ void send(const CombineArgs& args, const Operation& operation, int i) const {
-        const Domain& domain = args.domain;
-        if (expert < 0 || expert >= args.num_experts) return;
-        const int rank = static_cast<int>(args.plan.by_num_local_experts.quotient(static_cast<uint32_t>(expert)));
-        const uint32_t sequence = operation.sequences[rank];
-        if (sequence == 0 || is_remote<kRemote>(domain, rank) || (args.plan.has_own_weights && rank == domain.rank)) return;
-        ptx::store_relaxed_sys(outgoing_weights(domain, operation, kCombine, rank) + i, signal_word(sequence, __float_as_uint(value)));
-    }
-};
-
-// Remote ranks get all weights, in one work request each. By a warp.
-__device__ __noinline__ inline void post_weights(const CombineArgs& args, const Operation& operation) {
-    const Domain& domain = args.domain;
-    const int num_weights = args.num_tokens * args.num_topk, lane = static_cast<int>(threadIdx.x) % 32;
-#pragma unroll 1
-    for (int rank = 0; rank < domain.num_ranks; ++rank) {
-        const uint32_t sequence = operation.sequences[rank];
-        if (sequence == 0 || !domain.remote.has(rank) || num_weights == 0) continue;
-        uint64_t* table = outgoing_weights(domain, operation, kCombine, rank);
-#pragma unroll 1
-        for (int i = lane; i < num_weights; i += 32) ptx::store_relaxed_sys(table + i, signal_word(sequence, __float_as_uint(args.topk_weights[i])));
-        __syncwarp();
-        if (lane == 0) post_outgoing(domain, operation, kCombine, rank, reinterpret_cast<uint8_t*>(table), 8u * static_cast<uint32_t>(num_weights));
-    }
-}
-
-// Weights [begin, end) of this rank's, by a warp. `first`: the one of this lane, loaded before.
-template <bool kRemote>
-__device__ __forceinline__ void send_weights(const CombineArgs& args, const Operation& operation, int begin, int end, Weight first) {
-    const int lane = static_cast<int>(threadIdx.x) % 32;
-#pragma unroll 1
-    for (int i = begin + lane; i < end; i += 32) {
-        const Weight weight = i == begin + lane ? first : Weight::load(args, i);
-        weight.send<kRemote>(args, operation, i);
-    }
-    if (kRemote && begin == 0) post_weights(args, operation);
-}
-
-// The shares of this rank's own weights may belong to blocks that are not resident, and the peer may wait for them: a block that waits for
-// long sends all of them once (storing a word again changes nothing). `start`: of the wait.
-template <bool kRemote>
-__device__ __noinline__ void resend_weights(const CombineArgs& args, CombineShared& shared, uint32_t start) {
-    const int lane = static_cast<int>(threadIdx.x) % 32, num_weights = args.num_tokens * args.num_topk;
-    int is_first = 0;
-    if (lane == 0 && start != 0 && coarse_time() - start >= kPatience) is_first = atomicExch(&shared.has_resent, 1u) == 0;
-    if (__shfl_sync(kAllLanes, is_first, 0) == 0) return;
-    send_weights<kRemote>(args, shared.operation, 0, num_weights, lane < num_weights ? Weight::load(args, lane) : Weight{-1, 0});
-}
 
 // Rows of some tokens, side by side in a warp: 1 << choice_shift lanes for each, one for each choice.
 struct Choices {
@@ -112,8 +54,8 @@ struct Choices {
 template <bool kAtSource, class Format, bool kRemote>
 class Sender {
 public:
-    static constexpr int kVectors = Format::kColumns == 8 ? 2 : 1;  // parts that are under way together
-    static constexpr int kPartBytes = 64 * Format::kColumns;        // in x
+    static constexpr int kVectors = kPieceParts<Format>;
+    static constexpr int kPartBytes = 64 * Format::kColumns;  // in x
     static constexpr bool kSumsAlways = !kAtSource && !Format::kSendsSingleRows;
 
     // The warp is one of num_senders that share the rows.
@@ -216,11 +158,9 @@ private:
         }
     };
     __device__ uint32_t step() const { return static_cast<uint32_t>(num_senders_ * kPartBytes); }
-    // The control warp, which stands between the workers and the receivers, is none.
-    __device__ static int sender() { return static_cast<int>(threadIdx.x) / 32 - (is_receiver() ? 1 : 0); }
     __device__ Parts parts_of(int chunk) const {
         const int first = chunk * args_.plan.num_chunk_parts;
-        return {first + sender(), min(first + args_.plan.num_chunk_parts, args_.plan.num_parts)};
+        return {first + sender_number(), min(first + args_.plan.num_chunk_parts, args_.plan.num_parts)};
     }
     // The row of lane `l`. By all lanes, also those beyond the row's last column.
     __device__ Parts parts_of_lane(int l) const { return parts_of(__shfl_sync(kAllLanes, choices_.chunk, l)); }
@@ -263,7 +203,9 @@ private:
 #pragma unroll 1
             for (unsigned left = rows; left != 0;) {
                 bool is_ready;  // asked when the rows are under way
-                left = sum.add(args_, left, choices_.row, choices_.weight, parts.begin(), step(), inside, [&] { return is_ready = poll_weights(rows); });
+                left = sum.add(
+                    args_, left, [&](int l) { return __shfl_sync(kAllLanes, choices_.row, l); }, [&](int l) { return __shfl_sync(kAllLanes, choices_.weight, l); },
+                    parts.begin(), step(), inside, [&] { return is_ready = poll_weights(rows); });
                 if (!is_ready) return false;
             }
             uint8_t* slot = slot_of_lane(l);
@@ -372,21 +314,35 @@ __device__ __forceinline__ void send_shares(const CombineArgs& args, CombineShar
             DEEPEP_STAMP(4, lane == 0);
             if (begins) control.settle(receives);
         } else {
-            const Choices choices = Choices::load(args, share, 0);
-            Sender<kAtSource, Format, kRemote> sender(args, shared, begins && receives ? kNumWarps - 1 : kWorkerWarps);
-            sender.look_ahead(choices);
-            if (is_receiver())
-                wait_begun();
-            else
-                send_barrier();
-            DEEPEP_STAMP(3, threadIdx.x == 0);
-            DEEPEP_STAMP(7, receive_thread() == 0);
-            const bool is_mine = !begins || shared.operation.is_claimed != 0;
-            if (is_mine) sender.send_rows(share, choices);
-            DEEPEP_STAMP(6, lane == 0);
-            if (is_receiver()) return;
-            if constexpr (kRemote) {
-                if (is_mine && !Choices::is_own_share(args, share)) post_rows<kAtSource, Format>(args, shared, share);
+            const int num_warps = begins && receives ? kMostSenders : kWorkerWarps;
+            const auto wait_for_control = [&] {
+                if (is_receiver())
+                    wait_begun();
+                else
+                    send_barrier();
+                DEEPEP_STAMP(3, threadIdx.x == 0);
+                DEEPEP_STAMP(7, receive_thread() == 0);
+                return !begins || shared.operation.is_claimed != 0;
+            };
+            bool is_drawn = false;
+            if constexpr (!kAtSource && !kRemote) is_drawn = args.plan.num_dealt > 0 && !Choices::is_own_share(args, share);
+            if (is_drawn) {
+                Drawer<Format> drawer(args, shared);
+                drawer.look_ahead(share);
+                if (wait_for_control()) drawer.send_share(share, num_warps);
+                DEEPEP_STAMP(6, lane == 0);
+                if (is_receiver()) return;
+            } else {
+                const Choices choices = Choices::load(args, share, 0);
+                Sender<kAtSource, Format, kRemote> sender(args, shared, num_warps);
+                sender.look_ahead(choices);
+                const bool is_mine = wait_for_control();
+                if (is_mine) sender.send_rows(share, choices);
+                DEEPEP_STAMP(6, lane == 0);
+                if (is_receiver()) return;
+                if constexpr (kRemote) {
+                    if (is_mine && !Choices::is_own_share(args, share)) post_rows<kAtSource, Format>(args, shared, share);
+                }
             }
         }
         begins = false;

@@ -6,15 +6,24 @@
 
 namespace deepep::ibgda {
 
-// Choice k of a token that a warp will take next, by its lane k; as it lies in memory.
+// Choice k of a token that a warp will take (or send) next, by its lane k; as it lies in memory.
 struct alignas(16) ChoiceWords {
     int64_t index;
     float weight;
     int32_t row;
 };
 
+// Of a warp: the piece of a row that it is adding up.
+struct alignas(16) SentPiece {
+    uint8_t* place;  // in the slot
+    int32_t source;
+    int32_t token;
+};
+
 struct CombineShared {
     ChoiceWords choices[kNumWarps][32];
+    ChoiceWords next_choices[kNumWarps][32];
+    SentPiece sent[kNumWarps];
     Operation operation;
     int32_t num_tokens[kMaxWindowRanks];  // of every source; -1 where it takes no part, or took none in dispatch
     int32_t most_tokens;                  // of any source
@@ -22,6 +31,12 @@ struct CombineShared {
     uint32_t has_resent;                  // this block has sent all of this rank's weights
     int32_t next_part;                    // to receive: of those of this block, the first one that no warp has claimed
 };
+
+constexpr int kWorkerWarps = kNumWorkers / 32;
+constexpr int kMostSenders = kNumWarps - 1;  // warps that send a block's own share, where the receivers do, too
+
+// Among a block's warps that send rows. The control warp, which stands between the workers and the receivers, is none.
+__device__ __forceinline__ int sender_number() { return static_cast<int>(threadIdx.x) / 32 - (is_receiver() ? 1 : 0); }
 
 // What the handle says about a lane's source; by the control warp. Loaded before the operation's state is waited for, noted afterwards.
 struct HandleLane {
@@ -68,7 +83,8 @@ __device__ __forceinline__ bool is_expert_row(const CombineArgs& args, int32_t r
 __device__ __forceinline__ const uint8_t* expert_row(const CombineArgs& args, int32_t row) { return args.x + row * args.num_row_bytes; }
 
 // Parts of a token's rows at this rank, added up with the weights in the order of the choices. A lane has kVectors times Format::kColumns columns,
-// `step` bytes of x apart. `rows`: the lanes that hold a row (in `row`) and its weight.
+// `step` bytes of x apart. `rows`: the lanes that hold a row and its weight; `row_of` and
+// `weight_of` say them, given a lane.
 template <class Format, int kVectors>
 class WeightedSum {
 public:
@@ -81,24 +97,25 @@ public:
     }
     // Loads the next rows, and adds them up if then their weights are there (`is_ready`). `begin`: of the lane's first columns in a row, bytes.
     // `inside`: bit j: the row has the j-th columns. Returns the rows that are left.
-    template <class IsReady>
-    __device__ unsigned add(const CombineArgs& args, unsigned rows, int32_t row, const uint32_t& weight, uint32_t begin, uint32_t step, unsigned inside, const IsReady& is_ready) {
+    template <class RowOf, class WeightOf, class IsReady>
+    __device__ unsigned add(const CombineArgs& args, unsigned rows, const RowOf& row_of, const WeightOf& weight_of, uint32_t begin, uint32_t step, unsigned inside,
+                            const IsReady& is_ready) {
         Row v[kRowsInFlight][kVectors];
         unsigned rest = rows;
 #pragma unroll
         for (int r = 0; r < kRowsInFlight; ++r) {
             if (rest == 0) break;
-            const uint8_t* columns = expert_row(args, __shfl_sync(kAllLanes, row, __ffs(static_cast<int>(rest)) - 1)) + begin;
+            const uint8_t* columns = expert_row(args, row_of(__ffs(static_cast<int>(rest)) - 1)) + begin;
 #pragma unroll
             for (int j = 0; j < kVectors; ++j)
-                if ((inside >> j & 1) != 0) v[r][j] = Format::load_row(reinterpret_cast<const Row*>(columns + j * step));
+                v[r][j] = (inside >> j & 1) != 0 ? Format::load_row(reinterpret_cast<const Row*>(columns + j * step)) : Row{};
             rest &= rest - 1;
         }
         if (!is_ready()) return rows;
 #pragma unroll
         for (int r = 0; r < kRowsInFlight; ++r) {
             if (rows == 0) break;
-            const float factor = __uint_as_float(__shfl_sync(kAllLanes, weight, __ffs(static_cast<int>(rows)) - 1));
+            const float factor = __uint_as_float(weight_of(__ffs(static_cast<int>(rows)) - 1));
             rows &= rows - 1;
 #pragma unroll
             for (int j = 0; j < kVectors; ++j) {

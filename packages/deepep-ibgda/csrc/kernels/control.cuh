@@ -107,7 +107,11 @@ __device__ __noinline__ inline void advance(const Domain& domain, Direction dire
     const int lane = static_cast<int>(threadIdx.x) % 32;
     if (lane == 0) {
         ptx::store_relaxed_gpu(domain.launches(direction), operation.launch);
-        if (sends) ptx::store_relaxed_gpu(domain.sends(direction), operation.num_sends);
+        if (sends) {
+            ptx::store_relaxed_gpu(domain.sends(direction), operation.num_sends);
+            // The next kernel's: the one before, which drew from this word last, has ended, and this kernel draws from the other.
+            ptx::store_relaxed_gpu(domain.draws(direction, operation.num_sends + 1), 0);
+        }
     }
     if (!sends) return;
 #pragma unroll 1

@@ -97,6 +97,10 @@ struct Domain {
         return at<uint64_t>(window.waits_offset()) + direction * num_ranks + peer;
     }
     __device__ uint32_t* claims(Direction direction) const { return at<uint32_t>(window.claims_offset()) + direction * kMaxBlocks; }
+    // Of the kernel that is the num_sends-th to send.
+    __device__ uint32_t* draws(Direction direction, uint32_t num_sends) const {
+        return at<uint32_t>(window.draws_offset() + (2 * direction + static_cast<int>(num_sends % 2)) * LowLatencyWindow::kAlignment);
+    }
     __device__ uint64_t* arena_word(int peer) const { return at<uint64_t>(window.arenas_offset()) + peer; }
     // Written by `writer`, in the arena given.
     __device__ uint64_t* credits(uint8_t* arena, Direction direction, int writer) const {
@@ -188,6 +192,9 @@ struct CombinePlan {
     int turn_shift;         // every 1 << turn_shift tokens the order of sources moves on by one, so that each share has rows for all
     int chunk_shift;        // a share takes a 1 << chunk_shift-th of a row at a time,
     int num_chunk_parts;    // that is so many parts
+    int num_dealt;          // pieces of rows that each warp of a block that only sends gets with its share; it draws the others. 0: nothing is drawn
+    int num_pieces;         // of a row: combine_draw.cuh
+    Divisor by_num_pieces;
     int choice_shift;       // 1 << choice_shift lanes of a warp hold the choices of a row
     int num_share_weights;  // of this rank's weights, sent by each share
 };

@@ -81,7 +81,7 @@ struct CombineRow {
 // The window. `writer` stands for the rank that stores; a rank writes to itself like to any other.
 //
 //   state      DeviceState                     this rank only: error claim, failed launches
-//   launches   uint32 [2]                      this rank only, as all that follows up to `claims`: kernels of each direction so far
+//   launches   uint32 [2]                      this rank only, as all that follows up to `draws`: kernels of each direction so far
 //   sends      uint32 [2]                      those of them that sent
 //   readers    uint32 [2]                      blocks of the running kernel that have read what its last one changes
 //   sequences  uint32 [2][N]                   operations in which the pair took part
@@ -93,6 +93,7 @@ struct CombineRow {
 //   verdicts   uint32 [N]                      launch << 1 | (lost): what the blocks agreed on for a source's index
 //   waits      uint64 [2][N]                   longest wait of the running operation, nanoseconds
 //   claims     uint32 [2][kMaxBlocks]          which virtual blocks have been taken up
+//   draws      uint32 [2][2], a line each      what a sending kernel's warps have drawn so far; kernels that send use the two words in turn
 //   arenas     uint64 [N]                      every rank's arena as mapped here
 //   credits    uint64 [2][N]                   written by rank n: what it has taken from the slots that we fill there
 //   boxes      [3][N] of each: index word [1024], weight word [], dispatch rows, combine rows; written by rank n at [slot][n]
@@ -139,7 +140,8 @@ struct LowLatencyWindow {
     DEEPEP_HOST_DEVICE int64_t verdicts_offset() const { return masked_offset() + align_up(4ll * num_ranks, kAlignment); }
     DEEPEP_HOST_DEVICE int64_t waits_offset() const { return verdicts_offset() + align_up(4ll * num_ranks, kAlignment); }
     DEEPEP_HOST_DEVICE int64_t claims_offset() const { return waits_offset() + align_up(8ll * kNumDirections * num_ranks, kAlignment); }
-    DEEPEP_HOST_DEVICE int64_t arenas_offset() const { return claims_offset() + align_up(4ll * kNumDirections * kMaxBlocks, kAlignment); }
+    DEEPEP_HOST_DEVICE int64_t draws_offset() const { return claims_offset() + align_up(4ll * kNumDirections * kMaxBlocks, kAlignment); }
+    DEEPEP_HOST_DEVICE int64_t arenas_offset() const { return draws_offset() + 2 * kNumDirections * kAlignment; }
     DEEPEP_HOST_DEVICE int64_t credits_offset() const { return arenas_offset() + align_up(8ll * num_ranks, kAlignment); }
     DEEPEP_HOST_DEVICE int64_t boxes_offset() const { return credits_offset() + align_up(8ll * kNumDirections * num_ranks, kAlignment); }
 
@@ -171,7 +173,7 @@ static_assert(8 * kNumIndexWords % LowLatencyWindow::kAlignment == 0, "boxes sta
 // many times for each row.
 struct WindowOffsets {
     int32_t num_ranks;
-    int64_t launches, sends, readers, sequences, consumed, broken, posted, granted, masked, verdicts, waits, claims, arenas, credits, boxes;
+    int64_t launches, sends, readers, sequences, consumed, broken, posted, granted, masked, verdicts, waits, claims, draws, arenas, credits, boxes;
     int64_t num_box_bytes, num_outbox_distance, num_index_bytes;
     int64_t rows[kNumDirections];  // in a box
     int64_t num_rows_total[kNumDirections];
@@ -190,6 +192,7 @@ struct WindowOffsets {
                 window.verdicts_offset(),
                 window.waits_offset(),
                 window.claims_offset(),
+                window.draws_offset(),
                 window.arenas_offset(),
                 window.credits_offset(),
                 window.boxes_offset(),
@@ -212,6 +215,7 @@ struct WindowOffsets {
     DEEPEP_HOST_DEVICE int64_t verdicts_offset() const { return verdicts; }
     DEEPEP_HOST_DEVICE int64_t waits_offset() const { return waits; }
     DEEPEP_HOST_DEVICE int64_t claims_offset() const { return claims; }
+    DEEPEP_HOST_DEVICE int64_t draws_offset() const { return draws; }
     DEEPEP_HOST_DEVICE int64_t arenas_offset() const { return arenas; }
     DEEPEP_HOST_DEVICE int64_t credits_offset() const { return credits; }
     DEEPEP_HOST_DEVICE int64_t outbox_distance() const { return num_outbox_distance; }

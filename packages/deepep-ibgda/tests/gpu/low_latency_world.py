@@ -48,7 +48,7 @@ class Case:
     num_topk: int = 4
     num_experts: int = 16
     cast: str = "fp8"
-    routing: str = "random"  # random, some_unused, none, to_rank_0, repeated
+    routing: str = "random"  # random, some_unused, none, to_rank_0, uneven, repeated
     with_weights: bool = False
     specials: bool = False  # all-ones words, NaN and infinities among the values
     use_logfmt: bool = False
@@ -269,6 +269,13 @@ def make_inputs(world: World, case: Case) -> list[Inputs]:
         if case.routing == "to_rank_0":
             idx = torch.rand((t, local), device=device, generator=g).argsort(dim=1)[:, : min(k, local)]
             idx = torch.nn.functional.pad(idx, (0, k - idx.shape[1]), value=-1)
+        elif case.routing == "uneven":
+            # Rank 0 holds nearly all rows: all of a token's choices, one of them, or those that come its way.
+            on_first = torch.rand((t, local), device=device, generator=g).argsort(dim=1)[:, : min(k, local)]
+            on_first = torch.nn.functional.pad(on_first, (0, k - on_first.shape[1]), value=-1)
+            alone = torch.where(torch.arange(k, device=device) == 0, on_first, -1)
+            kind = torch.arange(t, device=device)[:, None] % 4
+            idx = torch.where(kind == 3, idx, torch.where(kind == 2, alone, on_first))
         elif case.routing == "some_unused":
             idx = torch.where(torch.rand((t, k), device=device, generator=g) < 0.5, -1, idx)
         elif case.routing == "none":

@@ -71,7 +71,7 @@ STAMPS = {
         "all sent",
         "receivers begun",
         "first part taken",
-        "first own part added",
+        "first piece drawn",
         "first sum sent",
         "all taken",
     ],

@@ -109,6 +109,20 @@ SHAPES = [
     Case(num_tokens=(128, 90, 128), num_topk=4, num_experts=18, cast="ue8m0", hidden=1536, with_stats=True, num_sms=96),
     Case(num_tokens=(128, 90, 70, 0), use_logfmt=True, hidden=2048, num_topk=8, num_experts=64, num_sms=128),
     Case(num_tokens=(260, 200, 250, 259), num_topk=8, num_experts=32, hidden=512, num_sms=128),
+    # Of these one rank sends nearly all rows, and pieces of rows are drawn in parts that do not fill a warp.
+    Case(
+        num_tokens=(50, 64, 48, 60), routing="uneven", num_topk=8, num_experts=64, hidden=776, cast="bf16", num_sms=96
+    ),
+    Case(
+        num_tokens=(50, 49, 60),
+        routing="uneven",
+        num_topk=6,
+        num_experts=24,
+        hidden=1280,
+        with_weights=True,
+        num_sms=96,
+    ),
+    Case(num_tokens=(60, 50, 64, 48), routing="to_rank_0", num_experts=32, hidden=1536, num_sms=96),
     Case(num_tokens=(20,), use_logfmt=True, num_topk=8),
     Case(num_tokens=(20, 19), use_logfmt=True, routing="repeated", cast="bf16"),
     Case(num_tokens=(9, 8, 30, 0), use_logfmt=True, hidden=7168, num_topk=8, num_experts=64, with_weights=True),
@@ -361,6 +375,25 @@ def test_an_abort_ends_a_wait() -> None:
     world.sync()
     error = world.runtimes[0].error()
     assert error is not None and error.kind == "aborted", world.errors()
+    world.close()
+
+
+@pytest.mark.skipif(SHARED_GPUS, reason="ranks that share GPUs have long deadlines")
+def test_a_peer_that_is_silent_in_combine_is_named_and_reset_repairs() -> None:
+    world = World(4, 64 << 20, timeout_s=0.2) if AVAILABLE >= 4 else pytest.skip(f"needs 4 GPUs, found {AVAILABLE}")
+    case = Case(num_tokens=(48, 50, 52, 49), hidden=128, num_sms=min(MOST_SMS, 96))  # blocks either send or receive
+    inputs, received, combining = make_inputs(world, case), make_received(world, case), make_combining(world, case)
+    world.sync()
+    dispatch(world, case, inputs, received)
+    world.check()
+    combine(world, case, inputs, received, combining, ranks=[0, 1, 3])
+    world.sync()
+    for rank in (0, 1, 3):
+        error = world.runtimes[rank].error()
+        assert error is not None and (error.kind, error.op, error.peer) == ("timeout", "combine", 2), world.errors()
+    world.reset()
+    for _ in range(2):
+        round_trip(world, case)
     world.close()
 
 
