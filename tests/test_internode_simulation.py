@@ -461,6 +461,7 @@ def test_blocks_have_the_warps_of_the_kernels() -> None:
         assert found is not None, name
         return int(found[1])
 
+    ((one, several),) = re.findall(r"ranks_per_node == 1 \? (\d+) : (\d+);", text)
     shape = Shape(num_nodes=2, ranks_per_node=8, is_cached=True)
     few, many = constant("kLeastDividedSms") - 1, constant("kLeastDividedSms")
     undivided = Kernel(num_sms=few).dispatch_shape(shape, H200_VIRTUAL_NODES)
@@ -474,12 +475,15 @@ def test_blocks_have_the_warps_of_the_kernels() -> None:
     )
     assert (undivided.num_team_senders, undivided.sends_directly) == (0, False)
     divided = Kernel(num_sms=many).dispatch_shape(shape, H200_VIRTUAL_NODES)
-    assert divided.deliver_warps == constant("kDividedDeliverWarps")
+    assert divided.deliver_warps == int(several)
+    to_one = Kernel(num_sms=many).dispatch_shape(Shape(num_nodes=2, ranks_per_node=1), H200_VIRTUAL_NODES)
+    assert to_one.deliver_warps == int(one)
     assert divided.deliver_warps + divided.send_warps == constant("kMaxDispatchWarps") - constant("kNumCreditWarps")
     assert (divided.num_team_senders, divided.sends_directly) == (1, True)
     assert not Kernel(num_sms=many).dispatch_shape(shape, H200_400G).sends_directly
     bf16 = Kernel(num_sms=many).dispatch_shape(replace(shape, is_fp8=False), H200_VIRTUAL_NODES)
-    assert bf16.deliver_warps == constant("kSharedBudget") * 1024 // (2 * 14720)  # two stages of a row each
+    # Seven warps of two stages of a row each; no more stages fit.
+    assert bf16.deliver_warps == constant("kSharedBudget") * 1024 // (2 * 14720) == int(several)
 
 
 def test_combine_has_the_warps_and_stages_of_the_kernels() -> None:

@@ -245,9 +245,11 @@ class Kernel:
             senders = 1 if self.num_sms >= LEAST_DIVIDED_SMS else 0
         if shape.num_nodes == 1:
             senders = 0
-        usual, fed = (14, num_stages // 2) if senders else (4, num_stages // 3)
+        divided = 12 if shape.ranks_per_node == 1 else 7
+        usual, fed = (divided, num_stages // 2) if senders else (4, num_stages // 3)
         deliver = self.deliver_warps or max(1, min(usual, fed))
-        num_each = min(8, max(3, ENOUGH_BYTES // (deliver * stage)), num_stages // deliver)
+        most = 8 if senders else max(3, ENOUGH_BYTES // (deliver * stage))
+        num_each = min(8, most, num_stages // deliver)
         return DispatchShape(
             num_sms=self.num_sms,
             num_team_senders=senders,

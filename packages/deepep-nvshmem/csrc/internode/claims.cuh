@@ -3,6 +3,8 @@
 // the word names.
 #include <cstdint>
 
+#include "deepep/ptx/memory.cuh"
+
 namespace deepep::internode {
 namespace {
 
@@ -46,23 +48,23 @@ struct WorkQueue {
         if (lane == 0) poke(num_posted, before + __popc(mask));
         __syncwarp();
     }
-    // By the posting warp: no more will come.
-    __device__ void end() const {
+    // By the posting warp: no more will come. `why`: not 0, for those who take.
+    __device__ void end(int32_t why = 1) const {
         __syncwarp();
         if (threadIdx.x % 32 == 0) {
             __threadfence_block();
-            poke(is_over, 1);
+            poke(is_over, why);
         }
     }
-    // By a whole warp. Read before a look for work: if that finds nothing, there is no more.
-    __device__ bool has_ended() const { return peek_as_warp(is_over) != 0; }
+    // By a whole warp: why the queue has ended, or 0. Read before a look for work: if that finds nothing, there is no more.
+    __device__ int32_t has_ended() const { return static_cast<int32_t>(__shfl_sync(~0u, ptx::load_acquire_cta_shared(reinterpret_cast<const uint32_t*>(is_over)), 0)); }
     // By a whole warp: the oldest work that nobody has taken; -1: there is none.
     __device__ int take() const {
         int number = -1;
         if (threadIdx.x % 32 == 0) {
             uint32_t taken = peek(num_taken);
-            while (taken != peek(num_posted)) {
-                __threadfence_block();
+            // An acquire, not a fence: that would wait for what the warp has stored to other GPUs.
+            while (taken != ptx::load_acquire_cta_shared(num_posted)) {
                 // Read before the swap: once it is taken, what stands there may be done by others and its place be used again.
                 const int next = peek(order + taken % capacity);
                 const uint32_t seen = atomicCAS(num_taken, taken, taken + 1);

@@ -13,6 +13,7 @@
 //
 // No deadlock: delivering depends on data and on READY, which every rank posts before it waits for anything; sending depends on delivering
 // alone, and neither kind of warp waits for one stream while another can go on.
+#include "deepep/ptx/registers.cuh"
 #include "internode/dispatch_deliver.cuh"
 #include "internode/dispatch_direct.cuh"
 #include "internode/dispatch_send.cuh"
@@ -28,10 +29,16 @@ constexpr int kMaxThreads = kMaxDispatchWarps * 32;
 
 struct Shared {
     nvlink::Handshake handshake;
+    DispatchArgs args;  // for calls: there a kernel's parameters are loads through the L1 cache, which is empty whenever a warp has acquired
     uint32_t is_last;
+    uint32_t epoch;
     int block;
+    bool delivers;
     int num_deliverers_left;
     int num_contexts;
+    uint32_t num_posted;  // of the queue of chunks that have come
+    uint32_t num_taken;
+    int32_t is_queue_over;
 };
 
 // Dynamic shared memory: the deliver warps' stages (or side parts), what they hold, the streams, the contexts' chunks.
@@ -45,6 +52,8 @@ struct DynamicShared {
     int32_t* credited;
     int32_t* credits;
     int32_t* returned;
+    int32_t* arrived;
+    int32_t* order;
     ContextPlace* places;
 
     __device__ DynamicShared(const DispatchArgs& args, uint8_t* memory) {
@@ -59,6 +68,12 @@ struct DynamicShared {
         credited = next_sent + args.num_block_contexts;
         credits = credited + args.num_block_contexts;
         returned = credits + args.num_block_contexts;
+        arrived = returned + args.num_block_contexts;
+        order = arrived + args.num_block_contexts;
+    }
+
+    __device__ Arrivals arrivals(const DispatchArgs& args, Shared& shared) const {
+        return {arrived, {order, args.num_block_contexts, &shared.num_posted, &shared.num_taken, &shared.is_queue_over}};
     }
 
 #if DEEPEP_HAS_BULK
@@ -71,18 +86,19 @@ struct DynamicShared {
 
 #if DEEPEP_HAS_BULK
 constexpr uint32_t kMayLeaveRows = 1u << 31;
-// Some of the own rows, `most` or fewer, by a warp of a sender that has nothing else to do; its ring is empty before and after. `place`: where the ring has
-// come to. Returns where it comes to, with kMayLeaveRows unless all own rows have been taken.
-// A call, and everything else read anew, so that nothing of this takes registers from the loops around it.
+// Some own rows, `most` or fewer, by a warp of a sender that has nothing else to do; its ring is empty before and after. `place`: where the ring has come to. Returns where it comes
+// to, with kMayLeaveRows unless all own rows have been taken.
+// A call, and everything else read anew, so that nothing of this takes registers from the loops around it. `args`: in shared memory.
 __device__ __noinline__ uint32_t deliver_own_rows(const DispatchArgs& args, uint8_t* memory, Shared& shared, int warp, uint32_t place, int most) {
     DeviceState* state = args.domain.local.state();
-    const WaitContext context{args.domain.local.host, state, Op::kDispatch, args.domain.group.rank, ptx::load_relaxed_gpu(&state->epochs[kOp]) + 1};
+    const WaitContext context{args.domain.local.host, state, Op::kDispatch, args.domain.group.rank, shared.epoch};
     const DynamicShared dynamic(args, memory);
     const BlockContexts contexts{args, BlockPlaces::of(shared.block, args.num_team_senders), dynamic.places, shared.num_contexts};
     const Delivery delivery{dynamic.credits, &shared.num_deliverers_left};
+    const Arrivals arrivals = dynamic.arrivals(args, shared);
     StageRing ring = dynamic.ring(args, warp);
     ring.go_to(place);
-    RowQueue queue(args, context, contexts, dynamic.sent, dynamic.received);
+    RowQueue queue(args, context, contexts, arrivals, dynamic.sent, dynamic.received);
     queue.begin_own_rows(most);
     DeliverWarp(args, context, shared.handshake, delivery, queue, ring).run();
     DEEPEP_TRACE(if (threadIdx.x % 32 == 0) stamp_last(kDeliveringOver));
@@ -125,8 +141,13 @@ __global__ void __launch_bounds__(kMaxThreads, 1) dispatch_rows_kernel(const __g
     if (threadIdx.x == 0) {
         shared.block = static_cast<int>(ptx::add_relaxed_gpu(&domain.state->dispatch_blocks, 1));
         shared.num_deliverers_left = args.num_deliver_warps;
+        shared.epoch = context.epoch;
+        shared.num_posted = shared.num_taken = shared.is_queue_over = 0;
         DEEPEP_TRACE(begin_trace());
     }
+    static_assert(sizeof(DispatchArgs) % 4 == 0);
+    for (int i = threadIdx.x; i < static_cast<int>(sizeof(DispatchArgs) / 4); i += blockDim.x)
+        reinterpret_cast<uint32_t*>(&shared.args)[i] = reinterpret_cast<const uint32_t*>(&args)[i];
     describe_streams(args, context, dynamic.sent, dynamic.received);
     if (blockIdx.x == 0 && threadIdx.x == 0 && args.recv_gbl_rank_prefix[group.num_ranks - 1] > args.capacity)
         report_error(context, ErrorKind::kOverflow, Phase::kRows, group.rank, args.recv_gbl_rank_prefix[group.num_ranks - 1], args.capacity, 0);
@@ -154,56 +175,71 @@ __global__ void __launch_bounds__(kMaxThreads, 1) dispatch_rows_kernel(const __g
     // The send warps come first: they have nothing to do before the handshake, whose words the first threads post.
     const int warp = threadIdx.x / 32, deliverer = warp - args.num_send_warps;
     const bool is_sender = deliverer < 0, is_deliverer = !is_sender && deliverer < args.num_deliver_warps;
+    const Arrivals arrivals = dynamic.arrivals(args, shared);
     const Delivery delivery{dynamic.credits, &shared.num_deliverers_left};
-    RowQueue queue(args, context, contexts, dynamic.sent, dynamic.received);
-    bool delivers = is_deliverer && role != BlockRole::kSender;
-    if (delivers) queue.begin(deliverer);
+    [[maybe_unused]] uint32_t place = 0;  // where the warp's stages have come to
 #if DEEPEP_HAS_BULK
-    StageRing ring = dynamic.ring(args, is_deliverer ? deliverer : 0);
-    DeliverWarp deliver_warp(args, context, shared.handshake, delivery, queue, ring);
-    if (args.use_bulk && is_deliverer) ring.prepare();
-    if (args.use_bulk && delivers) deliver_warp.fill();
+    if (args.use_bulk && is_deliverer) dynamic.ring(args, deliverer).prepare();
 #endif
     nvlink::exchange_grants(domain.local, context, shared.handshake, sizes, own);
     DEEPEP_TRACE(if (threadIdx.x % 32 == 0) stamp_last(kHandshakeOver));
     // Blocks begin at about the same time: only now is it likely that a deliverer which runs at all has begun.
-    if (is_deliverer && role == BlockRole::kSender) {
-        delivers = !queue.is_relieved();
-        if (delivers) queue.begin(deliverer);
-    }
-    if (delivers) {
-        if (!args.use_bulk)
-            deliver_rows_plain(args, context, shared.handshake, delivery, queue, dynamic.stages + static_cast<int64_t>(deliverer) * args.num_stage_bytes);
-#if DEEPEP_HAS_BULK
-        else
-            deliver_warp.run();
-#endif
-        DEEPEP_TRACE(if (threadIdx.x % 32 == 0) stamp_last(kDeliveringOver));
-    }
+    if (warp == 0) shared.delivers = role != BlockRole::kSender || !is_relieved(contexts, context.epoch);
+    __syncthreads();
+    const bool delivers = shared.delivers;
+    const bool sends = (role == BlockRole::kSender || (role == BlockRole::kBoth && is_sender)) && !shared.handshake.is_failed;
     if (is_deliverer) {
+        if (delivers) {
+            RowQueue queue(args, context, contexts, arrivals, dynamic.sent, dynamic.received);
+            queue.begin(deliverer);
+#if DEEPEP_HAS_BULK
+            if (args.use_bulk) {
+                StageRing ring = dynamic.ring(args, deliverer);
+                DeliverWarp(args, context, shared.handshake, delivery, queue, ring).run();
+                place = ring.place();
+            } else
+#endif
+                deliver_rows_plain(args, context, shared.handshake, delivery, queue, dynamic.stages + static_cast<int64_t>(deliverer) * args.num_stage_bytes);
+            DEEPEP_TRACE(if (threadIdx.x % 32 == 0) stamp_last(kDeliveringOver));
+        }
         if (threadIdx.x % 32 == 0) {
             __threadfence_block();  // behind what the warp has asked for
             atomicSub(&shared.num_deliverers_left, 1);
         }
         __syncwarp();
-    } else if (!is_sender) {
-        return_credits(args, context, contexts, delivery, dynamic.returned);
+    } else if (!is_sender || role == BlockRole::kDeliverer) {
+        // A deliverer has warps that send nothing: the first of them looks for chunks. Elsewhere the credit warp does.
+        ArrivalWarp arrival_warp(args, context, contexts, arrivals, dynamic.received);
+        bool is_looking = delivers && (role == BlockRole::kDeliverer ? warp == 0 : !is_sender);
+        if (is_looking && shared.handshake.is_failed) is_looking = arrival_warp.end(Arrivals::kAllPosted);
+        const auto look = [&] {
+            if (is_looking) is_looking = arrival_warp.look();
+        };
+        if (is_sender)
+            while (is_looking) look();
+        else
+            return_credits(args, context, contexts, delivery, dynamic.returned, look);
         DEEPEP_TRACE(if (threadIdx.x % 32 == 0) stamp_last(kCreditsOver));
     }
     // In a sender, warps that have nothing more to deliver help to send.
-    const bool sends = role == BlockRole::kSender || (role == BlockRole::kBoth && is_sender);
-    if (sends && !shared.handshake.is_failed) {
+    if (sends) {
+        // Worked out anew, so that nothing of it takes registers while rows are delivered.
+        const DynamicShared dynamic(args, memory + ptx::unknown_zero());
+        const BlockContexts contexts{args, BlockPlaces::of(shared.block, args.num_team_senders), dynamic.places, shared.num_contexts};
 #if DEEPEP_HAS_BULK
+        StageRing ring = dynamic.ring(args, is_deliverer ? deliverer : 0);
+        ring.go_to(place);
         bool may_leave_rows = true;
         const auto help = [&](int most) {
             if (may_leave_rows) {
-                const uint32_t place = deliver_own_rows(args, memory, shared, deliverer, ring.place(), most);
+                const uint32_t place = deliver_own_rows(shared.args, memory, shared, deliverer, ring.place(), most);
                 ring.go_to(place & ~kMayLeaveRows);
                 may_leave_rows = (place & kMayLeaveRows) != 0;
             }
             return may_leave_rows;
         };
 #endif
+        // Of a sender that puts rows out of its stages: the word that says so to the warps that would use the ring.
         const uint64_t* relief = nullptr;
 #if DEEPEP_HAS_BULK
         if (args.sends_directly && role == BlockRole::kSender) relief = contexts.deliverer_begun();

@@ -7,13 +7,14 @@
 namespace deepep::internode {
 namespace {
 
+constexpr unsigned kIdleNs = 50;  // between looks at the block's queue
+
 #if DEEPEP_HAS_BULK
 class DeliverWarp {
 public:
     __device__ DeliverWarp(const DispatchArgs& args, const WaitContext& context, const nvlink::Handshake& handshake, const Delivery& delivery, RowQueue& queue, StageRing& ring)
         : args_(args), context_(context), handshake_(handshake), delivery_(delivery), queue_(queue), ring_(ring), lane_(threadIdx.x % 32) {}
 
-    // Needs nothing from the ranks of this node, so it may run while their READY is on its way.
     __device__ void fill() {
         Item item;
         while (ring_.num_in_flight < args_.num_stages - 1) {
@@ -28,17 +29,14 @@ public:
     __device__ void run() {
         if (lane_ == 0) ptx::fence_async_global();  // READY, acquired by this block, permits the bulk stores below
         if (handshake_.is_failed) queue_.abandon();
-        Patience patience;
         while (true) {
             fill();
-            if (ring_.num_in_flight > 0) {
+            if (ring_.num_in_flight > 0)
                 deliver();
-                patience.renew();
-            } else if (queue_.is_over()) {
+            else if (queue_.is_over())
                 break;
-            } else if (queue_.has_ended_badly(patience)) {
-                queue_.abandon();
-            }
+            else
+                __nanosleep(kIdleNs);
             DEEPEP_TRACE(if (lane_ == 0) spans_.spend(kIdling));
         }
         if (lane_ == 0) ptx::bulk_wait<0>();  // all rows have landed, visibly to this thread: the block's release may vouch for them
@@ -176,15 +174,14 @@ __device__ void deliver_row_plain(const DispatchArgs& args, const WaitContext& c
 __device__ void deliver_rows_plain(const DispatchArgs& args, const WaitContext& context, const nvlink::Handshake& handshake, const Delivery& delivery, RowQueue& queue,
                                    uint8_t* side) {
     if (handshake.is_failed) return;
-    Patience patience;
     while (true) {
         Item item;
-        if (queue.next(item)) {
+        if (queue.next(item))
             deliver_row_plain(args, context, handshake, delivery, item, side);
-            patience.renew();
-        } else if (queue.is_over() || queue.has_ended_badly(patience)) {
+        else if (queue.is_over())
             return;
-        }
+        else
+            __nanosleep(kIdleNs);
     }
 }
 

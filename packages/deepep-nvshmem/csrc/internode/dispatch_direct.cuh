@@ -47,7 +47,7 @@ public:
             } else if (found == SendClaims::Found::kNothing) {
                 if (help(kRowsPerHelp))
                     patience.renew();
-                else if (is_exhausted(patience, context_, waiting))
+                else if (is_exhausted(patience, context_, Phase::kCredit, waiting))
                     return;
             } else {
                 patience.renew();

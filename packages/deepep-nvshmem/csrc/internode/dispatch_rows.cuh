@@ -1,13 +1,12 @@
 #pragma once
 // Dispatch, delivering: which rows a warp takes next, and where they go.
 //
-// A deliver warp takes rows from two places: chunks that have arrived from other nodes, in the slots that it serves, and, while none is there,
-// this rank's own rows for its own node, which the GPU's deliver warps share out among themselves. Who takes a chunk is settled in device memory, because
-// two blocks may deliver for one place.
-//   FULL   {epoch, chunk + 1}  sender -> forwarder, behind the chunk's bytes. Acquired before the first load of the chunk.
+// A deliver warp takes rows from two places: chunks that have arrived from other nodes, which the arrival warp posts (dispatch_arrivals.cuh), and, while none is
+// there, this rank's own rows for its own node, which the GPU's deliver warps share out among themselves.
 //   CREDIT {epoch, chunk + 1}  forwarder -> sender, after the last load of the chunk has landed. One warp of the block gives all credits back: its
 //                              fence waits for what the whole SM has under way, which would hold up a deliver warp.
 #include "deepep/ptx/bulk.cuh"
+#include "internode/dispatch_arrivals.cuh"
 #include "internode/dispatch_side.cuh"
 #include "internode/dispatch_streams.cuh"
 #include "internode/network.cuh"
@@ -39,12 +38,12 @@ class RowQueue {
 public:
     static constexpr int kNoLimit = 0x7FFFFFFF;
 
-    __device__ RowQueue(const DispatchArgs& args, const WaitContext& context, const BlockContexts& contexts, const StreamShape* sent, const StreamShape* received)
-        : args_(args), context_(context), contexts_(contexts), received_(received), lane_(threadIdx.x % 32) {
+    __device__ RowQueue(const DispatchArgs& args, const WaitContext& context, const BlockContexts& contexts, const Arrivals& arrivals, const StreamShape* sent, const StreamShape* received)
+        : args_(args), context_(context), contexts_(contexts), arrivals_(arrivals), received_(received), lane_(threadIdx.x % 32) {
         num_own_items_ = static_cast<uint32_t>(min_of(sent[args.node].num_rows, received[args.node].num_rows)) * static_cast<uint32_t>(args.parts.num_parts);
     }
 
-    // Claims the first own rows, and looks for chunks. `warp`: its number among the block's deliver warps.
+    // Claims the first own rows. `warp`: its number among the block's deliver warps.
     __device__ void begin(int warp) {
         next_own_ = contexts_.places.first * args_.num_deliver_warps + warp;
         claim();
@@ -53,31 +52,25 @@ public:
             claim();
         }
         ask_for_token();
-        num_not_over_ = contexts_.count();
-        look();
+        takes_chunks_ = true;
     }
 
-    // The same for own rows alone, so many at most: chunks are not looked for.
+    // The same for own rows alone, so many at most.
     __device__ void begin_own_rows(int most) {
         claims_left_ = most;
         claim();
         next_own_ = __shfl_sync(~0u, claimed_, 0);
         claim();
         ask_for_token();
-        num_not_over_ = 0;
+        takes_chunks_ = false;
     }
-
-    // In a sender: whether the team's deliverer has begun. The sender's warps then take nothing any more. Uniform over the warp.
-    __device__ bool is_relieved() const { return __shfl_sync(~0u, ptx::load_relaxed_sys(contexts_.deliverer_begun()), 0) == signal_word(context_.epoch, 1); }
 
     // Uniform over the warp. False: nothing to take now.
     __device__ bool next(Item& item) {
-        const bool has_own = next_own_ < num_own_items_;
-        find_chunk(rows_left_ > 0 || has_own);
-        if (rows_left_ == 0 && finding_ == Finding::kOpen) begin_chunk();
+        if (rows_left_ == 0 && takes_chunks_) take_chunk();
         if (rows_left_ > 0)
             take_forwarded(item);
-        else if (has_own)
+        else if (next_own_ < num_own_items_)
             take_own(item);
         else
             return false;
@@ -85,122 +78,43 @@ public:
     }
     // Own rows alone: whether some may be left behind the last one that was taken.
     __device__ bool may_leave_rows() const { return next_own_ == kNone; }
-    __device__ bool is_over() const { return rows_left_ == 0 && num_not_over_ <= 0 && next_own_ >= num_own_items_; }
+    __device__ bool is_over() const { return rows_left_ == 0 && !takes_chunks_ && next_own_ >= num_own_items_; }
     // Takes nothing any more, and drops what it has claimed.
     __device__ void abandon() {
-        rows_left_ = num_not_over_ = 0;
+        rows_left_ = 0;
+        takes_chunks_ = false;
         next_own_ = kNone;
-        finding_ = Finding::kLooking;
-    }
-    // At every pass in which nothing was there to take: true if it is to give up.
-    __device__ bool has_ended_badly(Patience& patience) const {
-        return patience.is_due() && is_hopeless(context_, Phase::kWindow, waiting(), patience.start_ns);
     }
 
 private:
     static constexpr uint32_t kNone = 0xFFFFFFFF;
-    static constexpr int kRowsPerLook = 2;
-    enum class Finding : int { kLooking, kClaiming, kOpen };
-
-    // Of this lane's contexts, one whose chunk has not come.
-    __device__ Waiting waiting() const {
-        for (int index = lane_; index < contexts_.count(); index += 32) {
-            const int chunk = chunk_of(index, peek(args_.domain.next_chunks + contexts_.entry_of(index)));
-            if (chunk < 0) continue;
-            const uint64_t seen = ptx::load_relaxed_sys(word_of(index)), expected = chunk_word(context_.epoch, chunk);
-            if (seen != expected) return {args_.peer_of(contexts_.node_of(index)), seen, expected};
-        }
-        return {};
-    }
 
     __device__ bool has_teams() const { return args_.num_team_senders > 0; }
 
-    // A chunk is found in three steps, each one row behind the one before, so that the ways to the L2 cache and back cost nothing: look at entries and words,
-    // choose a chunk and claim it, open it. They go on while rows of the chunk before are taken. `has_rows`: there is something else to take.
-    __device__ void find_chunk(bool has_rows) {
-        if (finding_ == Finding::kOpen) return;
-        if (finding_ == Finding::kClaiming)
-            open_chunk();
-        else if (!has_rows || ++num_unlooked_ >= kRowsPerLook)
-            choose_chunk();
-        else
-            return;
-        if (finding_ == Finding::kLooking) look();
-    }
-
-    // Asks for the entries and the words of up to 32 contexts. Both at once: a word stays as it is until its chunk has been credited, so one that was read
-    // before its entry is at worst not there yet.
-    __device__ void look() {
-        num_unlooked_ = 0;
-        if (num_not_over_ <= 0) return;
-        if (contexts_.places.role == BlockRole::kSender && is_relieved()) {
-            num_not_over_ = claims_left_ = 0;
-            return;
+    __device__ void take_chunk() {
+        const int32_t why_ended = arrivals_.queue.has_ended();
+        const int index = arrivals_.queue.take();
+        if (index >= 0) {
+            begin_chunk(index);
+        } else if (why_ended != 0) {
+            takes_chunks_ = false;
+            if (why_ended == Arrivals::kRelieved) claims_left_ = 0;  // what it has claimed it delivers
         }
-        const int count = contexts_.count();
-        looked_from_ = looked_from_ + 32 < count ? looked_from_ + 32 : 0;
-        const int index = looked_from_ + lane_;
-        if (index >= count) return;
-        entry_ = peek(args_.domain.next_chunks + contexts_.entry_of(index));
-        seen_ = ptx::load_relaxed_sys(word_of(index));
     }
-    __device__ const uint64_t* word_of(int index) const { return contexts_.full_word(index); }
-    // The chunk that is expected in a context; -1: none any more. An entry of another operation stands for the first one.
-    __device__ int chunk_of(int index, uint64_t entry) const {
-        if (index >= contexts_.count()) return -1;
-        const int named = static_cast<int>(signal_value(entry)) - 1;
-        const int chunk = signal_epoch(entry) == context_.epoch && named >= 0 ? named : contexts_.slot_of(index);
-        return chunk < received_[contexts_.node_of(index)].num_chunks ? chunk : -1;
-    }
-    __device__ int looked_chunk() const { return chunk_of(looked_from_ + lane_, entry_); }
-
-    __device__ void choose_chunk() {
-        if (num_not_over_ <= 0) return;
-        const int chunk = looked_chunk();
-        if (!__any_sync(~0u, chunk >= 0)) {
-            // Entries only rise: all contexts are over when all looks in a row, around all of them, have found that.
-            num_not_over_ -= 32;
-            return;
-        }
-        num_not_over_ = contexts_.count();
-        const uint32_t mask = __ballot_sync(~0u, chunk >= 0 && seen_ == chunk_word(context_.epoch, chunk));
-        if (mask == 0) return;
-        const int source = choose_lane(mask, threadIdx.x / 32);
-        index_ = looked_from_ + source;
-        chunk_ = __shfl_sync(~0u, chunk, source);
-        finding_ = Finding::kClaiming;
-        // The next chunk of the context comes only after this one's credit, so it may be named at once.
-        const uint64_t next = chunk_word(context_.epoch, chunk_ + args_.geometry.num_slots);
-        if (lane_ == source) before_ = atomicCAS(args_.domain.next_chunks + contexts_.entry_of(index_), entry_, next);
-    }
-
-    __device__ void open_chunk() {
-        finding_ = Finding::kLooking;
-        const int source = index_ - looked_from_;
-        const bool is_mine = lane_ == source && before_ == entry_;
-        if (is_mine) static_cast<void>(ptx::load_acquire_sys(word_of(index_)));  // what the look has seen; it stays until this chunk is credited
-        if (!__shfl_sync(~0u, is_mine, source)) return;
-        finding_ = Finding::kOpen;
+    __device__ void begin_chunk(int index) {
 #if DEEPEP_HAS_BULK
-        if (lane_ == 0) ptx::fence_async_global();  // FULL, acquired above and joined by the shuffles' warp barriers, permits bulk loads
+        if (lane_ == 0) ptx::fence_async_global();  // FULL, acquired by the arrival warp and joined by the queue, permits bulk loads
 #endif
-        __syncwarp();
-    }
-
-    __device__ void begin_chunk() {
-        const int node = contexts_.node_of(index_);
+        const int node = contexts_.node_of(index);
         const StreamShape& stream = received_[node];
-        const int first = chunk_ * stream.num_chunk_rows;
+        credited_ = index;
+        credited_chunk_ = arrivals_.chunks[index];
+        const int first = credited_chunk_ * stream.num_chunk_rows;
         rows_left_ = static_cast<int>(min_of(stream.num_chunk_rows, stream.num_rows - first));
         part_ = 0;
-        credited_ = index_;
-        credited_chunk_ = chunk_;
         src_rank_ = args_.peer_of(node);
         forward_row_ = stream.first_row + first;
-        message_ = args_.slot_in(args_.receive_rings, args_.node, node, contexts_.slot_of(index_));
-        finding_ = Finding::kLooking;
-        look();
-        num_unlooked_ = kRowsPerLook - 1;
+        message_ = args_.slot_in(args_.receive_rings, args_.node, node, contexts_.slot_of(index));
     }
 
     __device__ void take_forwarded(Item& item) {
@@ -248,6 +162,7 @@ private:
     const DispatchArgs& args_;
     const WaitContext& context_;
     const BlockContexts& contexts_;
+    const Arrivals& arrivals_;
     const StreamShape* received_;
     const int lane_;
     uint32_t num_own_items_;
@@ -255,18 +170,7 @@ private:
     int32_t listed_ = -1;  // the token of next_own_
     uint32_t claimed_ = kNone;
     int claims_left_ = kNoLimit;  // of own rows
-    // Of the contexts, as many as may not be over: all but those that the last looks in a row found over. Zero or less: none, or of no concern.
-    int num_not_over_ = 0;
-    int num_unlooked_ = 0;  // rows taken since the last look
-    // what this lane has asked for last: of the context looked_from_ + lane
-    int looked_from_ = 0;
-    unsigned long long entry_ = 0;
-    uint64_t seen_ = 0;
-    // the chunk that is looked for next
-    Finding finding_ = Finding::kLooking;
-    unsigned long long before_ = 0;  // in the lane that claims: what the entry was
-    int index_ = 0;                  // its context
-    int chunk_ = 0;
+    bool takes_chunks_ = false;
     // the chunk whose rows are being taken
     int rows_left_ = 0;
     int part_ = 0;
@@ -343,14 +247,17 @@ __device__ inline void ask_for_credit(const Delivery& delivery, int index, int32
 }
 
 // Gives credits back until the block's deliver warps have ended. `returned`: of each context, zero at the start. Where two blocks deliver for a place, the
-// credit of each chunk comes from the one that took it; the next chunk of the context follows it, so there is one at a time.
-__device__ inline void return_credits(const DispatchArgs& args, const WaitContext& context, const BlockContexts& contexts, const Delivery& delivery, int32_t* returned) {
+// credit of each chunk comes from the one that took it; the next chunk of the context follows it, so there is one at a time. `look`: what it does besides, on
+// every pass.
+template <class Look>
+__device__ void return_credits(const DispatchArgs& args, const WaitContext& context, const BlockContexts& contexts, const Delivery& delivery, int32_t* returned, const Look& look) {
     constexpr unsigned kIdleNs = 100;
     const int lane = threadIdx.x % 32, count = contexts.count();
     while (true) {
         // Read first: what was asked for before the last warp ended is seen below.
         const bool is_last_pass = peek_as_warp(delivery.num_warps_left) == 0;
         __threadfence_block();
+        look();
         bool has_returned = false;
         for (int base = 0; base < count; base += 32) {
             const int index = base + lane;

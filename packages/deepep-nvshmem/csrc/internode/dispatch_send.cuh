@@ -120,13 +120,6 @@ private:
     int base_ = 0;  // where the next look begins
 };
 
-// By a sending warp, which has found nothing: true if it is to give up.
-__device__ inline bool is_exhausted(Patience& patience, const WaitContext& context, const Waiting& waiting) {
-    constexpr unsigned kIdleNs = 100;  // between looks at words that many warps look at
-    __nanosleep(kIdleNs);
-    return patience.is_due() && is_hopeless(context, Phase::kCredit, waiting, patience.start_ns);
-}
-
 // By a sender's credit warp, until all its contexts are over: looks at the words of credits, so that the warps that send need not. Their own loads from device
 // memory would wait behind the block's stores. `credited`: zero at the start.
 __device__ inline void watch_credits(const WaitContext& context, const BlockContexts& contexts, const int32_t* next_chunks, int32_t* credited) {
@@ -158,7 +151,7 @@ __device__ inline void watch_credits(const WaitContext& context, const BlockCont
         }
         if (is_over) return;
         if (has_moved || !__any_sync(~0u, waiting.peer >= 0)) patience.renew();
-        if (!has_moved && is_exhausted(patience, context, waiting)) return;
+        if (!has_moved && is_exhausted(patience, context, Phase::kCredit, waiting)) return;
     }
 }
 
@@ -177,7 +170,7 @@ public:
             const SendClaims::Found found = claims_.look(claim, waiting);
             if (found == SendClaims::Found::kOver) return;
             if (found == SendClaims::Found::kNothing) {
-                if (is_exhausted(patience, context_, waiting)) return;
+                if (is_exhausted(patience, context_, Phase::kCredit, waiting)) return;
                 continue;
             }
             patience.renew();

@@ -8,7 +8,7 @@ namespace deepep::internode {
 
 void shape_dispatch(DispatchArgs& args, const Tuning& tuning, bool has_bulk) {
     constexpr int kSharedBudget = 216 * 1024, kMaxPartBytes = 16384, kMaxSideBytes = 8192, kUsualDeliverWarps = 4, kUsualSendWarps = 11, kEnoughBytes = 186 * 1024;
-    constexpr int kLeastDividedSms = 2, kDividedDeliverWarps = 14, kMaxTeamSenders = 7;
+    constexpr int kLeastDividedSms = 2, kMaxTeamSenders = 7;
     const DispatchMessage& message = args.message;
     if (message.num_side_bytes() > kMaxSideBytes)
         throw ArgumentError("dispatch: a row's scales and top-k data have " + std::to_string(message.num_side_bytes()) + " bytes; at most " +
@@ -35,8 +35,9 @@ void shape_dispatch(DispatchArgs& args, const Tuning& tuning, bool has_bulk) {
     args.num_slot_bytes = args.geometry.slot_offset(1);
     args.num_places = BlockPlaces::num_places(tuning.num_sms, args.num_team_senders);
     args.num_block_contexts = (num_nodes - 1) * static_cast<int>(max_of(1, args.num_team_senders) * ceil_div(args.geometry.num_slots, args.num_places));
-    // Streams (two of 16 bytes for each node); of the contexts the next chunk to send, credits received, asked for and given back, and where they are (8).
-    const int num_table_bytes = num_nodes * 32 + args.num_block_contexts * 24;
+    // Streams (two of 16 bytes for each node); of the contexts the next chunk to send, credits received, asked for and given back, the chunk that has come and its
+    // place in the queue, and where they are (8).
+    const int num_table_bytes = num_nodes * 32 + args.num_block_contexts * 32;
     constexpr int kItemBytes = 40;  // of a stage: its barrier and what it holds
     const int num_budget = kSharedBudget - num_table_bytes;
     args.side = SideLayout::of(message);
@@ -48,10 +49,12 @@ void shape_dispatch(DispatchArgs& args, const Tuning& tuning, bool has_bulk) {
     args.num_sent_side_bytes = message.num_sent_side_bytes();
     args.num_local_experts = args.num_experts / args.domain.group.num_ranks;
     // In a team all warps of a sender send, and the deliverer has as many deliver warps as its shared memory feeds; the numbers matter together only
-    // to a sender whose deliverer has not begun.
+    // to a sender whose deliverer has not begun. Of one rank to a node most of the work is sending, of several it is delivering, which takes fewer warps with more stages
+    // (benchmarks/results/2026-11-22-h200-x4).
     constexpr int kNumOtherWarps = kMaxDispatchWarps - kNumCreditWarps;
-    const int num_usual_deliver_warps = is_divided ? kDividedDeliverWarps : kUsualDeliverWarps;
-    const int num_usual_send_warps = is_divided ? kNumOtherWarps - (tuning.num_warps > 0 ? tuning.num_warps : kDividedDeliverWarps) : kUsualSendWarps;
+    const int num_divided_warps = args.domain.group.ranks_per_node == 1 ? 12 : 7;
+    const int num_usual_deliver_warps = is_divided ? num_divided_warps : kUsualDeliverWarps;
+    const int num_usual_send_warps = is_divided ? kNumOtherWarps - (tuning.num_warps > 0 ? tuning.num_warps : num_divided_warps) : kUsualSendWarps;
     args.num_send_warps =
         static_cast<int>(max_of(1, min_of(kNumOtherWarps - 1, tuning.num_send_warps > 0 ? tuning.num_send_warps : num_usual_send_warps)));
     const int64_t most_warps = min_of(kMaxDeliverWarps, kNumOtherWarps - args.num_send_warps);
@@ -60,7 +63,7 @@ void shape_dispatch(DispatchArgs& args, const Tuning& tuning, bool has_bulk) {
         const int64_t num_fed_warps = num_rows / (is_divided ? 2 : 3);
         args.num_deliver_warps = static_cast<int>(tuning.num_warps > 0 ? tuning.num_warps : max_of(1, min_of(min_of(num_usual_deliver_warps, most_warps), num_fed_warps)));
         if (is_divided && tuning.num_send_warps == 0) args.num_send_warps = kNumOtherWarps - args.num_deliver_warps;
-        const int64_t num_wanted = max_of(3, kEnoughBytes / (args.num_deliver_warps * args.num_stage_bytes));
+        const int64_t num_wanted = is_divided ? kMaxDeliverStages : max_of(3, kEnoughBytes / (args.num_deliver_warps * args.num_stage_bytes));
         args.num_stages = static_cast<int>(tuning.num_stages > 0 ? tuning.num_stages : min_of(min_of(kMaxDeliverStages, num_wanted), num_rows / args.num_deliver_warps));
         if (args.num_deliver_warps > most_warps || args.num_stages < 2 || args.num_stages > kMaxDeliverStages || args.num_deliver_warps * args.num_stages > num_rows)
             throw ArgumentError("dispatch: " + std::to_string(args.num_deliver_warps) + " warps of " + std::to_string(args.num_stages) + " stages do not fit; shared memory holds " +

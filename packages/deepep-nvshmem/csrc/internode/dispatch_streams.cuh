@@ -117,9 +117,22 @@ __device__ inline bool is_hopeless(const WaitContext& context, Phase phase, cons
     const uint32_t mask = __ballot_sync(~0u, waiting.peer >= 0);
     const int speaker = mask == 0 ? 0 : __ffs(static_cast<int>(mask)) - 1;
     bool is_over = false;
-    if (lane == speaker) is_over = wait_is_hopeless(context, phase, waiting.peer, waiting.seen, waiting.expected, &start_ns);
-    start_ns = __shfl_sync(~0u, start_ns, speaker);
+    uint64_t start = start_ns;  // the caller's own, if its address were taken, would keep all that lies beside it out of registers
+    if (lane == speaker) is_over = wait_is_hopeless(context, phase, waiting.peer, waiting.seen, waiting.expected, &start);
+    start_ns = __shfl_sync(~0u, start, speaker);
     return __shfl_sync(~0u, is_over, speaker);
+}
+
+// By a warp that has found nothing: true if it is to give up.
+__device__ inline bool is_exhausted(Patience& patience, const WaitContext& context, Phase phase, const Waiting& waiting) {
+    constexpr unsigned kIdleNs = 100;  // between looks at words that many warps look at
+    __nanosleep(kIdleNs);
+    return patience.is_due() && is_hopeless(context, phase, waiting, patience.start_ns);
+}
+
+// In a sender: whether the team's deliverer has begun. The sender takes no chunk any more then. Uniform over the warp.
+__device__ inline bool is_relieved(const BlockContexts& contexts, uint32_t epoch) {
+    return __shfl_sync(~0u, ptx::load_relaxed_sys(contexts.deliverer_begun()), 0) == signal_word(epoch, 1);
 }
 
 }  // namespace

@@ -136,7 +136,7 @@ class Bench:
         torch.cuda.synchronize()
         dist.barrier(self.context.group)
         events = [torch.cuda.Event(enable_timing=True) for _ in range(self.task.num_calls + 1)]
-        torch.cuda._sleep(4_000_000)  # the host is ahead of the GPU
+        torch.cuda._sleep(2_000_000 * self.task.num_calls)  # the host is ahead of the GPU, a slow one too
         events[0].record()
         for i, event in enumerate(events[1:]):
             call(i % NUM_SETS)

@@ -104,14 +104,12 @@ private:
 
 inline std::vector<std::unique_ptr<Warp>> warps_of(Block& block) {
     std::vector<std::unique_ptr<Warp>> warps;
-    const int num_receiving = block.shape.num_receiving_warps, num_sending = block.shape.num_sending_warps;
-    if (block.operation.is_combine) {
-        for (int warp = 0; warp < num_receiving + num_sending + 1; ++warp) warps.push_back(std::make_unique<CombineWarp>(block, warp));
-        return warps;
+    for (int number = 0; number < block.shape.num_receiving_warps + block.shape.num_sending_warps + 1; ++number) {
+        if (block.operation.is_combine)
+            warps.push_back(std::make_unique<CombineWarp>(block, number));
+        else
+            warps.push_back(std::make_unique<DispatchWarp>(block, number));
     }
-    for (int warp = 0; warp < num_receiving; ++warp) warps.push_back(std::make_unique<DeliverWarp>(block, warp));
-    for (int warp = 0; warp < num_sending; ++warp) warps.push_back(std::make_unique<SendWarp>(block, warp));
-    warps.push_back(std::make_unique<CreditWarp>(block));
     return warps;
 }
 

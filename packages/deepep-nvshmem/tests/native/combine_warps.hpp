@@ -2,89 +2,9 @@
 // Combine: the warps of a block, step by step. What they do depends on whether their block collects.
 #include <deque>
 
-#include "streams.hpp"
+#include "queue_warps.hpp"
 
 namespace streams {
-
-// --- the queue of a block -------------------------------------------------------------------------------------------
-
-class PostingWarp : public Warp {
-public:
-    using Warp::Warp;
-
-protected:
-    // One step of posting what is due, first all entries, then their count; false: nothing is due.
-    bool post() {
-        if (due_.empty()) return false;
-        WorkQueue& queue = block_.queue;
-        const bool counts_now = place_.keeps(Rule::kEntryBeforeCount) ? num_entered_ == due_.size() : !is_counted_;
-        if (counts_now) {
-            place_.publish(&queue.num_posted, num_posted_ + static_cast<int32_t>(due_.size()), Order::kPosts);
-            is_counted_ = true;
-        } else {
-            poke(&queue.order[(num_posted_ + num_entered_) % queue.order.size()], due_[num_entered_]);
-            ++num_entered_;
-        }
-        if (is_counted_ && num_entered_ == due_.size()) {
-            num_posted_ += static_cast<int32_t>(due_.size());
-            due_.clear();
-            num_entered_ = 0;
-            is_counted_ = false;
-        }
-        return true;
-    }
-    bool end_queue() {
-        place_.publish(&block_.queue.is_over, 1, Order::kPosts);
-        return end();
-    }
-
-    std::vector<int32_t> due_;
-
-private:
-    size_t num_entered_ = 0;
-    int32_t num_posted_ = 0;
-    bool is_counted_ = false;
-};
-
-class TakingWarp : public Warp {
-public:
-    using Warp::Warp;
-
-protected:
-    // Read before a look for work.
-    bool has_queue_ended() const { return place_.acquire(&block_.queue.is_over, Order::kTakes) != 0; }
-    // One step towards the oldest work that nobody has taken; false: there is none. `number` is its number, once the warp has it.
-    bool take(int32_t* number) {
-        WorkQueue& queue = block_.queue;
-        switch (phase_) {
-            case Phase::kLook:
-                taken_ = peek(&queue.num_taken);
-                if (taken_ == place_.acquire(&queue.num_posted, Order::kTakes)) return false;
-                seen_ = entry();
-                phase_ = Phase::kTake;
-                return true;
-            case Phase::kTake:
-                phase_ = Phase::kLook;
-                if (!place_.claim(&queue.num_taken, taken_, taken_ + 1, Rule::kClaimWork)) return true;
-                if (place_.keeps(Rule::kReadBeforeTaking))
-                    *number = seen_;
-                else
-                    phase_ = Phase::kRead;
-                return true;
-            default:
-                *number = entry();
-                phase_ = Phase::kLook;
-                return true;
-        }
-    }
-
-private:
-    enum class Phase { kLook, kTake, kRead };
-    int32_t entry() const { return peek(&block_.queue.order[taken_ % block_.queue.order.size()]); }
-
-    Phase phase_ = Phase::kLook;
-    int32_t taken_ = 0, seen_ = 0;
-};
 
 // --- forwarding -----------------------------------------------------------------------------------------------------
 
@@ -224,11 +144,10 @@ public:
           stages_(block.shape.num_stages * num_part_bytes_) {}
 
     bool step() override {
-        const bool is_over = has_queue_ended();
         if (row_ == request_.count && open()) return true;
         if (row_ < request_.count && num_loaded_ - num_put_ < block_.shape.num_stages) return load();
         if (num_put_ < num_loaded_) return put();
-        return is_over && end();
+        return has_queue_ended() && end();
     }
 
 private:
@@ -372,11 +291,10 @@ public:
     explicit SourceWarp(Block& block) : TakingWarp(block), stream_(own_tokens(block)) {}
 
     bool step() override {
-        const bool is_over = has_queue_ended();
         if (token_ == num_tokens_ && open()) return true;
         if (token_ < num_tokens_ && load()) return true;
         if (!in_stages_.empty()) return --in_stages_.front().num_steps_left < 0 ? add_up_oldest() : true;
-        return is_over && end();
+        return has_queue_ended() && end();
     }
 
 private:
@@ -455,24 +373,13 @@ private:
 
 // --- roles ----------------------------------------------------------------------------------------------------------
 
-// The first warp finds out whether its block collects, then each takes its part: forward and source warps, and one warp that posts.
-class CombineWarp : public Warp {
+// The first warp finds out whether its block collects; the others are forward and source warps, and one that posts.
+class CombineWarp : public RoleWarp {
 public:
-    CombineWarp(Block& block, int number) : Warp(block), number_(number), num_handshake_steps_left_(block.shape.num_handshake_steps) {}
-
-    bool step() override {
-        if (part_ != nullptr) {
-            const bool has_moved = part_->step();
-            return part_->is_over() ? end() : has_moved;
-        }
-        if (number_ == 0 && block_.has_begun == 0) return settle();
-        if (acquire(&block_.has_begun) == 0) return false;
-        part_ = part();
-        return part_ != nullptr || end();
-    }
+    using RoleWarp::RoleWarp;
 
 private:
-    bool settle() {
+    bool settle() override {
         uint64_t* word = &place_.words->collected[block_.own_place];
         if (block_.role == BlockRole::kBoth) return begin(true);
         if (block_.role == BlockRole::kSender && num_handshake_steps_left_-- > 0) return true;
@@ -486,11 +393,10 @@ private:
         block_.collects = collects;
         const bool is_direct = block_.role == BlockRole::kSender && !collects && place_.answers_directly;
         block_.queue.order.resize(is_direct ? block_.receiving.size() : block_.slots.size());
-        __atomic_store_n(&block_.has_begun, 1, __ATOMIC_RELEASE);  // a barrier of the block
-        return true;
+        return has_settled();
     }
 
-    std::unique_ptr<Warp> part() const {
+    std::unique_ptr<Warp> part() override {
         const int num_others = block_.shape.num_receiving_warps + block_.shape.num_sending_warps;
         const bool forwards = block_.role != BlockRole::kDeliverer, is_direct = forwards && !block_.collects && place_.answers_directly;
         const int num_forward_warps = !forwards ? 0 : block_.collects ? block_.shape.num_receiving_warps : num_others;
@@ -504,11 +410,9 @@ private:
         return std::make_unique<ForwardWarp>(block_, number_);
     }
 
-    const int number_;
-    int num_handshake_steps_left_;
+    int num_handshake_steps_left_ = block_.shape.num_handshake_steps;
     bool has_looked_ = false;
     uint64_t before_ = 0;
-    std::unique_ptr<Warp> part_;
 };
 
 }  // namespace streams

@@ -19,7 +19,7 @@ using deepep::rdma::Random;
 struct {
     uint64_t schedules, operations[2], few_slots, many_rows, reused, many_rows_reused, rows, empty;
     uint64_t many_blocks, one_block, teams, senders_alone, teams_one_by_one, skewed, no_tokens, node_without_rows, blocks_without_rows;
-    uint64_t collectors, late_collectors, collecting_forwarders, direct_forwarders;  // blocks
+    uint64_t relieved_at_start, relieved_later, relieved_with_chunks, collectors, late_collectors, collecting_forwarders, direct_forwarders;  // blocks
 } tally;
 
 class Network final : public Port {
@@ -112,7 +112,7 @@ public:
         num_team_senders_ = random_.below(2) == 0 ? 0 : 1 + random_.below(3);
         answers_directly_ = random_.below(4) != 0;
         shape_ = {static_cast<int>(1 + random_.below(3)), static_cast<int>(1 + random_.below(3)), static_cast<int>(1 + random_.below(3)),
-                  static_cast<int>(1 + random_.below(3)), random_.below(6) == 0 ? static_cast<int>(random_.below(40)) : 0, static_cast<int>(random_.below(20))};
+                  static_cast<int>(1 + random_.below(3)), random_.below(6) == 0 ? static_cast<int>(random_.below(40)) : 0, static_cast<int>(random_.below(20)), 0};
         const bool runs_one_block = random_.below(4) == 0;
         for (int rank = 0; rank < case_.num_ranks; ++rank) {
             num_resident_.push_back(runs_one_block ? 1 : 1 + random_.below(num_blocks_));
@@ -123,6 +123,7 @@ public:
         tally.senders_alone += num_team_senders_ > 0 && num_blocks_ % (num_team_senders_ + 1) != 0;
         tally.teams_one_by_one += runs_one_block && num_team_senders_ > 0 && num_blocks_ > num_team_senders_;
         network_share_ = 1 + random_.below(15);
+        if (random_.below(3) != 0) shape_.num_late_steps = static_cast<int>(random_.below(30));
         current_.assign(case_.num_ranks, 0);
         kernels_.resize(case_.num_ranks);
     }
@@ -185,6 +186,12 @@ private:
         tally.blocks_without_rows += operation.is_combine && has_block_without_rows;
     }
     void count(const Block& block) const {
+        if (!block.operation.is_combine) {
+            tally.relieved_at_start += !block.delivers;
+            tally.relieved_later += block.queue.is_over == kRelieved && block.queue.num_posted > 0;
+            tally.relieved_with_chunks += block.num_held > 0;
+            return;
+        }
         const bool is_forwarder = block.role == BlockRole::kSender, is_collector = block.role == BlockRole::kDeliverer;
         tally.collectors += is_collector && block.collects;
         tally.late_collectors += is_collector && !block.collects;
@@ -219,7 +226,7 @@ private:
         bool has_ended = false;
         for (size_t i = 0; i < kernel.running.size();)
             if (kernel.running[i].is_over()) {
-                if (operation.is_combine) count(*kernel.running[i].block);
+                count(*kernel.running[i].block);
                 kernel.running.erase(kernel.running.begin() + static_cast<long>(i));
                 has_ended = true;
             } else {
@@ -310,6 +317,9 @@ int main(int num_arguments, char** arguments) {
     print("a rank without tokens", tally.no_tokens);
     print("a node without rows", tally.node_without_rows);
     print("blocks of tokens without rows", tally.blocks_without_rows);
+    print("senders relieved when they begin", tally.relieved_at_start);
+    print("senders relieved amid chunks", tally.relieved_later);
+    print("senders relieved with chunks to deliver", tally.relieved_with_chunks);
     print("collectors", tally.collectors);
     print("collectors that come too late", tally.late_collectors);
     print("forwarders that collect", tally.collecting_forwarders);

@@ -33,6 +33,7 @@ enum class Rule : int {
     kEntryBeforeCount,         // what is posted stands in the queue before it is counted
     kClaimWork,                // one warp does what is posted: the one that has counted it as taken
     kReadBeforeTaking,         // an entry of the queue is read before it is taken; later another one may stand there
+    kReadQueueEndFirst,        // a warp that takes work reads that no more will be posted before it looks for some (combine's queues end when all is done)
     kForwarderMayCollect,      // a forwarder collects where no collector has begun
     kClaimCollecting,          // one block collects for a place: the one that has swapped its word
     kWordOfThisOperation,      // a word of another operation does not say that somebody collects
@@ -43,13 +44,16 @@ enum class Rule : int {
     kSameBlockServesSlot,      // both ends of a slot belong to blocks of the same number
     kSignalBehindData,         // the network delivers a put's signal after its bytes
     kClaimSends,               // one warp sends a chunk: the one that has swapped its entry
-    kClaimDeliveries,          // one warp delivers a chunk: the one that has swapped its entry
+    kClaimDeliveries,          // one block delivers a chunk: the one that has swapped its entry
+    kNoteBeforePost,           // which chunk has come is noted before its context is posted
     kClaimRequests,            // one warp serves a request: the one that has swapped the word
-    kEndBehindLastChunk,       // a deliver warp ends when no chunk is left to open, not when none is there
+    kEndBehindLastChunk,       // an arrival warp ends the queue when no chunk is left to come, not when none is there
+    kLookInTurn,               // a credit warp that looks for chunks, too, gives credits back between two looks, whether it has found some or not
     kReadEndFirst,             // the credit warp reads that the deliver warps have ended before it looks for their last credits
     kTableBeforeWord,          // a forward warp reads what has been served before it reads the request
     kDeliverUntilRelieved,     // a sender delivers until its team's deliverer has begun
-    kKeepWhatIsHeld,           // a sender's warp that is relieved delivers what it has claimed
+    kSettleOnce,               // whether a sender is relieved already when it begins is settled once, for all its warps
+    kKeepWhatIsHeld,           // a sender that is relieved delivers what it has posted
     kEntryOfThisOperation,     // an entry of another operation stands for the first chunk of its slot
     kNumRules,
 };
@@ -64,6 +68,7 @@ enum class Order : int {
     kFreed,         // and the request warp acquires that
     kPosts,         // a warp that posts releases what it has acquired and stored,
     kTakes,         // and whoever takes that acquires it
+    kChunks,        // the arrival warp acquires chunks before it posts
     kAnswers,       // the request warp acquires answers before it posts
     kRequests,      // forwarders acquire a request before they post or serve it
     kLastRequests,  // and the last one before the next operation
@@ -205,6 +210,9 @@ struct NodeRows {
     int32_t begin, count;
 };
 
+// Why no more work comes.
+constexpr int32_t kAllPosted = 1, kRelieved = 2;
+
 // Work that one warp of a block posts and others take; a number stands there once at most.
 struct WorkQueue {
     std::vector<int32_t> order;  // as many as there can be at a time, posted and not yet done
@@ -220,6 +228,7 @@ struct Block {
         int num_row_parts;        // of an answer's rows
         int num_load_steps;       // of a source warp, until what is in a stage may be added up
         int num_handshake_steps;  // of a forwarder that may have to collect
+        int num_late_steps;       // of a deliverer, until its team's senders see that it has begun
     };
     const Place place;
     Operation& operation;
@@ -227,22 +236,25 @@ struct Block {
     BlockRole role = BlockRole::kBoth;
     std::vector<int> slots;                     // of one ring
     std::vector<Context> sending, receiving;    // slot by slot; of senders, of deliverers and forwarders
+    int32_t has_begun = 0;                      // it is settled whether it delivers, or collects
+    WorkQueue queue;                            // of own slots where the block collects, else of contexts
     // Dispatch.
     int team = 0;
+    bool delivers = false;
+    std::vector<int32_t> arrived;    // of each context: the chunk that was posted last; at the start -1
+    int num_held = 0;                // chunks that a sender had posted and not yet read when it was relieved
     std::vector<int32_t> next_sent;  // of each context: what goes into its slot next; at the start the slot
     std::vector<int32_t> credits;    // of each context: chunk + 1 that has been read
     int32_t num_deliverers_left = 0;
     // Combine.
     int own_place = 0;
     bool collects = false;
-    int32_t has_begun = 0;               // it is settled whether it collects
     std::vector<uint64_t> served;        // of each context: the newest word that a warp has acted upon
     std::vector<int32_t> heads;          // [contexts, rows of a slot]: rows that are asked for directly
     std::vector<int32_t> asked, posted;  // of each slot: blocks of tokens that have been asked for; whose answers have come
     std::vector<int32_t> finished;       // and that have been added up
     std::vector<NodeRows> node_rows;     // [slots, D]: of the block of tokens that is asked for
     std::vector<int32_t> rows;           // [slots, rows of a slot, D]: its tokens' rows
-    WorkQueue queue;                     // of own slots where the block collects, else of contexts
 
     Block(const Place& where, Operation& what, const Shape& warps) : place(where), operation(what), shape(warps), num_deliverers_left(warps.num_receiving_warps) {
         const int num_slots = operation.geometry.num_slots;
@@ -266,7 +278,11 @@ struct Block {
         }
         for (const Context& context : sending) next_sent.push_back(context.slot);
         credits.assign(receiving.size(), 0);
-        if (!operation.is_combine) return;
+        if (!operation.is_combine) {
+            arrived.assign(receiving.size(), -1);
+            queue.order.resize(receiving.size());
+            return;
+        }
         const size_t num_slot_rows = operation.geometry.num_slot_rows, num_ranks = place.num_ranks;
         served.assign(receiving.size(), 0);
         heads.assign(receiving.size() * num_slot_rows, 0);

@@ -16,8 +16,8 @@ namespace {
 using namespace streams;
 
 constexpr int kMaxRanksHere = 3, kMaxTokensHere = 40;
-constexpr Block::Shape kShape{2, 2, 2, 2, 0, 100};
-constexpr int kNumWarps = 5;  // of a block, with the one that gives credits back, or posts
+constexpr Block::Shape kShape{2, 2, 2, 2, 0, 100, 0};
+constexpr int kNumWarps = 5;  // of a block, with the one that gives credits back and looks for chunks, or posts
 constexpr auto kPatience = std::chrono::seconds(250);  // of the whole program; what stands still does so for ever
 
 class SharedMemory final : public Port {

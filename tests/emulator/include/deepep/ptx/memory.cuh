@@ -78,5 +78,9 @@ inline uint32_t exchange_relaxed_gpu(uint32_t* address, uint32_t value) {
 inline void fence_acq_rel_sys() { emulator::settle_all(); }
 inline uint64_t global_timer_ns() { return emulator::now_ns(); }
 inline uint32_t clock_ordered() { return static_cast<uint32_t>(emulator::tick()); }
+inline uint32_t load_acquire_cta_shared(const uint32_t* address) {
+    __builtin_assume(__isShared(address));
+    return *reinterpret_cast<const volatile uint32_t*>(address);
+}
 
 }  // namespace deepep::ptx

@@ -19,6 +19,10 @@ inline void store_relaxed_sys(uint4* address, uint4 value) {
     emulated::store_relaxed(words + 3, value.w);
 }
 inline uint4 load_streaming(const uint4* address) { return *address; }
+inline uint4 load_shared(const uint4* address) {
+    __builtin_assume(__isShared(address));
+    return *address;
+}
 inline void prefetch_l2(const void*) {}
 
 }  // namespace deepep::ptx

@@ -77,5 +77,11 @@ __device__ __forceinline__ uint32_t clock_ordered() {
     asm volatile("mov.u32 %0, %%clock;" : "=r"(value)::"memory");
     return value;
 }
+// Of shared memory, among the threads of a block.
+__device__ __forceinline__ uint32_t load_acquire_cta_shared(const uint32_t* address) {
+    uint32_t value;
+    asm volatile("ld.acquire.cta.shared.u32 %0, [%1];" : "=r"(value) : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(address))) : "memory");
+    return value;
+}
 
 }  // namespace deepep::ptx

@@ -1,0 +1,7 @@
+#pragma once
+
+namespace deepep::ptx {
+
+inline int unknown_zero() { return 0; }
+
+}  // namespace deepep::ptx
