@@ -32,6 +32,8 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import internode_simulation  # noqa: E402
 from simulation import (  # noqa: E402
+    BEFORE,
+    COMBINE_BEFORE,
     COMBINE_NOW,
     EARLIER,
     NOW,
@@ -60,7 +62,7 @@ def test_one_row_between_two_ranks_takes_the_sum_of_its_steps() -> None:
     found = simulate(Scenario(operation="dispatch", shape=shape, machine=H200_400G), to_the_other)
     begin = 4.0 + 6.0  # launch, handshake
     pack = 7424 / 4.4e3
-    wire = (7424 + 8) / 45e3 + 5.0
+    wire = (7424 + 8) / 45e3 + 5.0 + 3.6  # and is found
     store = 2 * 1.3  # as long as a flag there and back; SM and warp take less
     back = 3.5 + 5.0  # the credit is held back, and crosses
     assert found.seconds * 1e6 == pytest.approx(begin + pack + wire + store + back + 1.3 + 6.5)  # DONE, exit
@@ -72,7 +74,7 @@ def test_one_row_out_of_shared_memory_takes_the_sum_of_its_steps() -> None:
     shape = Shape(num_nodes=2, ranks_per_node=1, num_tokens=1, num_topk=1, num_experts=2, is_cached=True)
     to_the_other = np.array([[[[False], [True]]], [[[True], [False]]]])
     found = simulate(Scenario(operation="dispatch", shape=shape, machine=H200_VIRTUAL_NODES), to_the_other)
-    put = 7424 / 3.0e3 + 0.66
+    put = 7424 / 3.0e3 + 0.66 + 3.6
     assert found.seconds * 1e6 == pytest.approx(4.0 + 6.0 + put + 2 * 1.3 + 3.5 + 0.66 + 1.3 + 6.5)
 
 
@@ -81,7 +83,7 @@ def test_one_sum_takes_the_sum_of_its_steps() -> None:
     at_the_other = np.array([[[[False], [True]]], [[[True], [False]]]])
     begin = 4.0 + 6.0 + 5.0 + 0.66  # launch, handshake, request
     put = 2 * 1.3 + 14400 / 3.0e3 + 0.66  # through the stages; one row needs no adding up
-    add = 12.0 + 14336 / 63.7e3 + 1.65  # seen and posted; SM and warp
+    add = 12.0 + 14336 / 73.0e3 + 1.3  # seen and posted; SM and warp
     end = 0.66 + 1.3 + 6.5
     found = simulate(Scenario(operation="combine", shape=shape, machine=H200_VIRTUAL_NODES), at_the_other)
     assert found.seconds * 1e6 == pytest.approx(begin + put - 14400 / 3.0e3 + 14464 / 3.0e3 + add + end)
@@ -102,8 +104,8 @@ def test_rows_of_a_node_are_added_up_in_stages() -> None:
     use = scenario.kernel.combine_shape(shape, H200_VIRTUAL_NODES)
     assert (use.direct_warps, use.direct_stages, use.direct_parts) == (10, 3, 2)
     # Three stages hold one half of two rows at a time: its way is not hidden.
-    each = 2 * 1.3 + 7232 / 3.0e3 + 2 * 1.65 / 2
-    add = 12.0 + 14336 / 63.7e3 + 1.65
+    each = 2 * 1.3 + 7232 / 3.0e3 + 2 * 1.3 / 2
+    add = 12.0 + 14336 / 73.0e3 + 1.3
     found = simulate(scenario, at_the_other)
     assert found.seconds * 1e6 == pytest.approx(4.0 + 6.0 + 5.0 + 0.66 + 2 * each + 0.66 + add + 0.66 + 1.3 + 6.5)
 
@@ -134,11 +136,11 @@ def test_warps_take_no_row_before_a_stage_is_empty() -> None:
 @pytest.mark.parametrize(
     ("operation", "num_nodes", "ranks_per_node", "is_virtual", "num_sms", "recorded_us"),
     [
-        ("dispatch", 2, 2, True, 24, 90.5),
-        ("combine", 2, 2, True, 24, 192.8),
-        ("combine", 4, 1, True, 24, 291.1),
-        ("dispatch", 2, 8, False, 12, 212.6),
-        ("combine", 2, 8, False, 12, 502.8),
+        ("dispatch", 2, 2, True, 24, 91.8),
+        ("combine", 2, 2, True, 24, 186.1),
+        ("combine", 4, 1, True, 24, 271.5),
+        ("dispatch", 2, 8, False, 12, 212.7),
+        ("combine", 2, 8, False, 12, 476.3),
         ("earlier combine", 2, 2, True, 24, 160.3),
         ("earlier combine", 4, 1, True, 24, 298.0),
     ],
@@ -185,12 +187,26 @@ def test_virtual_nodes_of_all_kinds_are_compared() -> None:
     assert kinds == {(operation, nodes, groups) for operation in OPERATIONS for nodes in (2, 4) for groups in (1, 8)}
     assert all((m.kernel.num_team_senders, m.kernel.times) == (0, EARLIER) for m in VIRTUAL)
     assert {m.kernel.combine_times for m in VIRTUAL} == {None}
-    assert {m.kernel.times for m in (*records.PRINTED, *records.PRINTED_LATER)} == {NOW}
-    assert {m.kernel.combine_times for m in records.PRINTED_COMBINE} == {COMBINE_NOW}
+    assert {m.kernel.times for m in (*records.PRINTED, *records.PRINTED_LATER)} == {BEFORE}
+    assert {m.kernel.combine_times for m in records.PRINTED_COMBINE} == {COMBINE_BEFORE}
+    assert {(m.kernel.times, m.kernel.combine_times) for m in records.PRINTED_NOW} == {(NOW, COMBINE_NOW)}
+
+
+def test_records_of_dispatch_in_teams_have_the_blocks_that_they_were_measured_with() -> None:
+    before = (*records.PRINTED_BEFORE, *records.PRINTED, *records.PRINTED_LATER)
+    for measured in [m for m in before if m.kernel.num_team_senders is None]:
+        use = measured.kernel.dispatch_shape(measured.shape, measured.machine)
+        warps = 14 if measured.shape.is_fp8 else 7
+        # Two stages of each warp, of which one is being emptied.
+        assert (use.num_team_senders, use.deliver_warps, use.num_stages) == (1, warps, warps)
+    now = [m for m in records.PRINTED_NOW if m.operation == "dispatch" and m.shape.num_nodes == 2]
+    uses = [m.kernel.dispatch_shape(m.shape, m.machine) for m in now]
+    found = [(use.deliver_warps, use.num_stages) for use in uses]
+    assert found == [(7, 21), (10, 10), (12, 12), (14, 14), (14, 14)]
 
 
 OTHER_WARPS = [m for m in records.PRINTED_COMBINE if m.kernel.source_warps]
-LATER = [*records.PRINTED_LATER, *(m for m in records.PRINTED_COMBINE if m not in OTHER_WARPS)]
+LATER = [*records.PRINTED_LATER, *(m for m in records.PRINTED_COMBINE if m not in OTHER_WARPS), *records.PRINTED_NOW]
 
 
 @pytest.mark.parametrize("measured", [*VIRTUAL, *records.PRINTED, *LATER], ids=_label)
