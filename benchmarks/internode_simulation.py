@@ -100,7 +100,13 @@ def compare(
 ) -> None:
     """Set what was measured on four and on two H200s beside model and simulation."""
     rows = []
-    printed = (*records.PRINTED_BEFORE, *records.PRINTED, *records.PRINTED_LATER, *records.PRINTED_COMBINE)
+    printed = (
+        *records.PRINTED_BEFORE,
+        *records.PRINTED,
+        *records.PRINTED_LATER,
+        *records.PRINTED_COMBINE,
+        *records.PRINTED_NOW,
+    )
     for measured in records.load(files) if files else [*records.load(), *printed]:
         machine = measured.machine
         # The model knows no routing but the uniform one.

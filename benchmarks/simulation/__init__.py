@@ -1,6 +1,17 @@
 """A simulation of normal mode across nodes, chunk by chunk; ``benchmarks/internode_simulation.py`` runs it."""
 
-from .cluster import COMBINE_NOW, EARLIER, NOW, CombineTimes, DispatchTimes, Kernel, Outcome, Scenario
+from .cluster import (
+    BEFORE,
+    COMBINE_BEFORE,
+    COMBINE_NOW,
+    EARLIER,
+    NOW,
+    CombineTimes,
+    DispatchTimes,
+    Kernel,
+    Outcome,
+    Scenario,
+)
 from .combine import Combine
 from .dispatch import Dispatch
 
@@ -18,6 +29,8 @@ def simulate(scenario: Scenario, routing: object = None) -> Outcome:
 
 
 __all__ = [
+    "BEFORE",
+    "COMBINE_BEFORE",
     "COMBINE_NOW",
     "EARLIER",
     "NOW",

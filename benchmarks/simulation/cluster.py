@@ -34,6 +34,8 @@ class DispatchTimes:
         exit_us: of a call, after its last row has landed and DONE is out.
         credit_us: from a chunk's last load until its credit leaves: one warp gives all back, and its fence waits for
             everything that the SM has under way.
+        arrival_us: from a chunk's arrival until a deliver warp can take it: one warp finds them for all. 0: deliver
+            warps look themselves, which ``deliver_warp_us`` has in it.
         deliver_warp_us: a row keeps a deliver warp for that long if the SM does little else.
         deliver_sm_us, send_sm_us: of the SM, for each row that is delivered, and put out of shared memory.
         send_warp_gbps: of one warp that puts rows out of shared memory.
@@ -42,15 +44,18 @@ class DispatchTimes:
     handshake_us: float = 6.0
     exit_us: float = 6.5
     credit_us: float = 3.5
-    deliver_warp_us: float = 1.84
-    deliver_sm_us: float = 0.044
-    send_sm_us: float = 0.061
+    arrival_us: float = 3.6
+    deliver_warp_us: float = 0.66
+    deliver_sm_us: float = 0.0
+    send_sm_us: float = 0.11
     send_warp_gbps: float = 3.0
 
 
 NOW = DispatchTimes()
+# Of 2026-11-22 until 63a3c4e, while deliver warps looked for chunks themselves.
+BEFORE = DispatchTimes(arrival_us=0.0, deliver_warp_us=1.84, deliver_sm_us=0.044, send_sm_us=0.061)
 # Of the records of four H200s and of the first ones of two, before rows took fewer instructions.
-EARLIER = DispatchTimes(deliver_warp_us=3.0, deliver_sm_us=0.18)
+EARLIER = replace(BEFORE, deliver_warp_us=3.0, deliver_sm_us=0.18)
 # Inside one node dispatch is another backend's, of which no such times are known: a flag before, one behind.
 IN_NODE = DispatchTimes(handshake_us=1.3, exit_us=0.0, deliver_warp_us=0.0, deliver_sm_us=0.0)
 
@@ -71,13 +76,15 @@ class CombineTimes:
     exit_us: float = 6.5
     request_us: float = 5.0
     answer_us: float = 12.0
-    sum_sm_gbps: float = 63.7
-    sum_warp_us: float = 1.65
+    sum_sm_gbps: float = 73.0
+    sum_warp_us: float = 1.3
     put_sm_gbps: float = 26.4
     put_warp_gbps: float = 3.0
 
 
 COMBINE_NOW = CombineTimes()
+# Of 2026-11-22 until 63a3c4e, while loads of a sum were mixed with its additions.
+COMBINE_BEFORE = CombineTimes(sum_sm_gbps=63.7, sum_warp_us=1.65)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,6 +161,7 @@ class Kernel:
         num_team_senders: of dispatch's teams of senders and one deliverer each; 0: every block sends and delivers.
         may_send_directly: dispatch and combine may put rows out of shared memory where stores reach the peers.
         deliver_warps: of a block of dispatch: store rows of other nodes, and while there are none the own rows.
+        deliver_stages: of such a warp.
         send_warps: of a block of dispatch: pack messages and put them. In a team's sender the deliver warps do so, too.
         forward_warps, source_warps: of a block of combine: sum for ranks of other nodes, sum the own tokens.
         forward_stages: of such a warp that puts out of shared memory.
@@ -167,6 +175,7 @@ class Kernel:
     num_team_senders: int | None = None
     may_send_directly: bool = True
     deliver_warps: int | None = None
+    deliver_stages: int | None = None
     send_warps: int | None = None
     forward_warps: int | None = None
     source_warps: int | None = None
@@ -249,7 +258,7 @@ class Kernel:
         usual, fed = (divided, num_stages // 2) if senders else (4, num_stages // 3)
         deliver = self.deliver_warps or max(1, min(usual, fed))
         most = 8 if senders else max(3, ENOUGH_BYTES // (deliver * stage))
-        num_each = min(8, most, num_stages // deliver)
+        num_each = self.deliver_stages or min(8, most, num_stages // deliver)
         return DispatchShape(
             num_sms=self.num_sms,
             num_team_senders=senders,

@@ -167,6 +167,9 @@ class Dispatch(Cluster):
         self.clock.at(free, self.senders[rank][place].release)
 
     def arrive(self, rank: int, forwarder: int, chunk: int) -> None:
+        self.clock.at(self.clock.now + self.times.arrival_us, self.found, rank, forwarder, chunk)
+
+    def found(self, rank: int, forwarder: int, chunk: int) -> None:
         self.deliverers[forwarder][self.use.deliverer(self.place_of(chunk))].want(rank, forwarder, chunk)
 
     def forward(self, rank: int, forwarder: int, chunk: int, index: int = 0) -> None:

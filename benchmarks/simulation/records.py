@@ -12,7 +12,7 @@ import numpy as np
 
 from deep_ep.internode_model import H200_400G, H200_VIRTUAL_NODES, Estimate, Machine, Operation, Shape, estimate
 
-from .cluster import EARLIER, Kernel, Scenario
+from .cluster import BEFORE, COMBINE_BEFORE, EARLIER, Kernel, Scenario
 
 RESULTS = Path(__file__).resolve().parents[1] / "results"
 
@@ -121,54 +121,79 @@ def _printed(
     )
 
 
-# What stands as text in the records of two H200s: the present kernels, and those before, undivided and in teams.
+# What stands as text in the records: the first kernels in teams and undivided, those before one warp found the chunks
+# that have come, and the present ones.
 _TODAY, _BEFORE = "2026-11-22-h200-x2", "2026-11-21-h200-x2"
 _TODAY_X4 = "2026-11-22-h200-x4"
-_UNDIVIDED: dict[str, Any] = {"num_team_senders": 0}
+_LATER_X4 = f"{_TODAY_X4}, later"
+_UNDIVIDED: dict[str, Any] = {"num_team_senders": 0, "times": BEFORE}
+# Blocks of teams as they were; of rows in bf16 as many fit as today.
+_TEAMS: dict[str, Any] = {"deliver_warps": 14, "deliver_stages": 2, "times": BEFORE}
+_BF16_TEAMS: dict[str, Any] = {"deliver_warps": 7, "deliver_stages": 2, "times": BEFORE}
 # Push limits of the runs themselves: 313 to 321 GB/s on four GPUs, and 304 where few SMs were tried.
 _X4: dict[str, Any] = {"push_gbps": 317}
 _FEW: dict[str, Any] = {"push_gbps": 304}
 # Of the window that an only other node has: 546 slots of two rows.
 _WIDE: dict[str, Any] = {"operation": "combine", "ring_bytes": 546 * 2 * 14464}
-_MORE_WARPS: dict[str, Any] = {"forward_warps": 7, "forward_stages": 4, "source_warps": 7}
+_SUMS_BEFORE: dict[str, Any] = {"combine_times": COMBINE_BEFORE}
+_MORE_WARPS: dict[str, Any] = {"forward_warps": 7, "forward_stages": 4, "source_warps": 7, **_SUMS_BEFORE}
+_FIRST: dict[str, Any] = {"times": EARLIER}
 PRINTED = (
     _printed(f"{_TODAY}, undivided", 340, num_sms=12, **_UNDIVIDED),
-    *(_printed(_TODAY, us, num_sms=n) for n, us in ((16, 210), (24, 160), (32, 149))),
-    _printed(f"{_TODAY}, own node", 55, to="own"),
-    _printed(f"{_TODAY}, other node", 142, to="next"),
-    _printed(f"{_TODAY}, bf16", 287, bf16=True),
-    _printed(f"{_TODAY}, bf16, ring", 387, bf16=True, may_send_directly=False),
+    *(_printed(_TODAY, us, num_sms=n, **_TEAMS) for n, us in ((16, 210), (24, 160), (32, 149))),
+    _printed(f"{_TODAY}, own node", 55, to="own", **_TEAMS),
+    _printed(f"{_TODAY}, other node", 142, to="next", **_TEAMS),
+    _printed(f"{_TODAY}, bf16", 287, bf16=True, **_BF16_TEAMS),
+    _printed(f"{_TODAY}, bf16, ring", 387, bf16=True, may_send_directly=False, **_BF16_TEAMS),
 )
 # Measured after the simulation knew dispatch in teams: nothing of it was changed for these.
 PRINTED_LATER = (
-    _printed(_TODAY_X4, 350, nodes=(2, 2), **_X4),
-    _printed(_TODAY_X4, 318, nodes=(2, 2), is_grouped=True, **_X4),
-    _printed(_TODAY_X4, 343, nodes=(4, 1), **_X4),
-    _printed(_TODAY_X4, 298, nodes=(4, 1), is_grouped=True, **_X4),
+    _printed(_TODAY_X4, 350, nodes=(2, 2), **_X4, **_TEAMS),
+    _printed(_TODAY_X4, 318, nodes=(2, 2), is_grouped=True, **_X4, **_TEAMS),
+    _printed(_TODAY_X4, 343, nodes=(4, 1), **_X4, **_TEAMS),
+    _printed(_TODAY_X4, 298, nodes=(4, 1), is_grouped=True, **_X4, **_TEAMS),
     _printed(f"{_TODAY_X4}, undivided", 340, nodes=(2, 2), **_X4, **_UNDIVIDED),
     _printed(f"{_TODAY_X4}, undivided", 439, nodes=(4, 1), **_X4, **_UNDIVIDED),
-    *(_printed(f"{_TODAY}, few", us, num_sms=n, **_FEW) for n, us in ((4, 670), (8, 362), (12, 250))),
+    *(_printed(f"{_TODAY}, few", us, num_sms=n, **_FEW, **_TEAMS) for n, us in ((4, 670), (8, 362), (12, 250))),
     *(
         _printed(f"{_TODAY}, few, undivided", us, num_sms=n, **_FEW, **_UNDIVIDED)
         for n, us in ((4, 884), (8, 459), (12, 337))
     ),
+    _printed(f"{_LATER_X4}, 63a3c4e", 161, **_TEAMS),
 )
 # Teams of a forwarder and a collector; groups were measured shortly before, on 2 x 2 with other numbers of warps.
 PRINTED_COMBINE = (
-    _printed(_TODAY, 262, **_WIDE),
-    _printed(_TODAY_X4, 637, nodes=(2, 2), **_X4, **_WIDE),
-    _printed(_TODAY_X4, 684, nodes=(4, 1), operation="combine", **_X4),
-    _printed(_TODAY_X4, 616, nodes=(4, 1), operation="combine", is_grouped=True, **_X4),
+    _printed(_TODAY, 262, **_WIDE, **_SUMS_BEFORE),
+    _printed(_TODAY_X4, 637, nodes=(2, 2), **_X4, **_WIDE, **_SUMS_BEFORE),
+    _printed(_TODAY_X4, 684, nodes=(4, 1), operation="combine", **_X4, **_SUMS_BEFORE),
+    _printed(_TODAY_X4, 616, nodes=(4, 1), operation="combine", is_grouped=True, **_X4, **_SUMS_BEFORE),
     _printed(f"{_TODAY_X4}, 7 warps", 694, nodes=(2, 2), **_X4, **_WIDE, **_MORE_WARPS),
     _printed(f"{_TODAY_X4}, 7 warps", 634, nodes=(2, 2), is_grouped=True, **_X4, **_WIDE, **_MORE_WARPS),
 )
+# Of the kernels of 13a35ca. Pushes reached 319 to 327 GB/s, so a rate of 323 serves all.
+PRINTED_NOW = (
+    *(
+        _printed(f"{_LATER_X4}, {n} x {m}", us, nodes=nodes, is_grouped=True, deliver_warps=n, deliver_stages=m)
+        for nodes, rows in (
+            ((2, 2), ((7, 4, 296), (10, 2, 302), (12, 2, 305), (14, 2, 307))),
+            ((4, 1), ((12, 2, 297), (14, 2, 302), (10, 2, 307), (7, 4, 332))),
+        )
+        for n, m, us in rows
+    ),
+    _printed(f"{_LATER_X4}, 14 x 2", 148, deliver_warps=14, deliver_stages=2),
+    _printed(_LATER_X4, 583, nodes=(2, 2), is_grouped=True, **_WIDE),
+    _printed(_LATER_X4, 610, nodes=(4, 1), operation="combine", is_grouped=True),
+    _printed(_LATER_X4, 634, nodes=(2, 2), **_WIDE),
+    _printed(_LATER_X4, 687, nodes=(4, 1), operation="combine"),
+    _printed(_LATER_X4, 261, **_WIDE),
+)
 PRINTED_BEFORE = (
     *(
-        _printed(f"{_BEFORE}, undivided", us, num_sms=n, times=EARLIER, **_UNDIVIDED)
+        _printed(f"{_BEFORE}, undivided", us, num_sms=n, **(_UNDIVIDED | _FIRST))
         for n, us in ((8, 604), (12, 423), (16, 368), (24, 290), (32, 239))
     ),
-    _printed(f"{_BEFORE}, teams", 185, times=EARLIER),
-    _printed(f"{_BEFORE}, teams, ring", 229, may_send_directly=False, times=EARLIER),
+    _printed(f"{_BEFORE}, teams", 185, **(_TEAMS | _FIRST)),
+    _printed(f"{_BEFORE}, teams, ring", 229, may_send_directly=False, **(_TEAMS | _FIRST)),
 )
 
 

@@ -36,7 +36,7 @@ struct Shared {
 };
 
 constexpr int kLastWarp = kNumCombineWarps - kNumRequestWarps;
-constexpr int kContextBytes = 24;  // what is kept of each context: the newest word served; its place in the queue; of a slot: blocks asked for, posted, finished
+constexpr int kContextBytes = 24;  // what is kept of each context: the newest word served; its place in the queue; of a slot: blocks asked for, posted, finished (or: an answer waits for its word)
 constexpr int kStageItemBytes = 40;  // of a stage: its barrier and what it holds
 static_assert(sizeof(ResultPart) + 8 == kStageItemBytes);
 #if DEEPEP_HAS_BULK
@@ -144,7 +144,7 @@ __global__ void __launch_bounds__(kNumCombineWarps * 32, 1) forward_and_sum_kern
         const Collection collection{memory.asked, memory.posted, memory.finished, reinterpret_cast<int32_t*>(scratch + args.collect.num_warps), queue};
 #if DEEPEP_HAS_BULK
         const RoleStages<AnswerPart> answers{args.forward, memory.work};
-        const RequestTable requests{memory.served, reinterpret_cast<int32_t*>(answers.end()), queue};
+        const RequestTable requests{memory.served, memory.finished, reinterpret_cast<int32_t*>(answers.end()), queue};
 #endif
         if (warp == kLastWarp) {
             if (collects) RequestWarp(args, context, collection, contexts.slots).run();

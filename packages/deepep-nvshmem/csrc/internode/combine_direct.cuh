@@ -16,6 +16,7 @@ namespace {
 // Requests that have come, in shared memory.
 struct RequestTable {
     unsigned long long* words;  // of each context: its newest request; zero at the start
+    int32_t* answered;          // of each context: its answer has been put, and waits for its word; zero at the start
     int32_t* heads;             // [contexts, rows of a slot, P]: its rows at the ranks of this node
     WorkQueue queue;            // of contexts: one stands there once at most
 
@@ -24,7 +25,8 @@ struct RequestTable {
     }
 };
 
-// By one warp, until each context has had its last request.
+// By one warp, until each context has had its last request. It also says which answers are complete, with one fence for all behind the stores of the warps that have put them: a fence for the
+// whole system waits for what the SM has under way.
 __device__ inline void watch_requests(const CombineArgs& args, const WaitContext& context, const ForwardFacts& facts, const BlockContexts& contexts, const RequestTable& requests) {
     const int lane = threadIdx.x % 32, num_contexts = contexts.count(), num_ranks = args.domain.group.ranks_per_node;
     uint64_t idle_since_ns = 0;
@@ -35,6 +37,16 @@ __device__ inline void watch_requests(const CombineArgs& args, const WaitContext
             const int index = first + lane;
             bool is_request = false;
             const unsigned long long before = index < num_contexts ? requests.words[index] : 0;  // this lane's own
+            const bool is_answered = index < num_contexts && peek(requests.answered + index) != 0;
+            if (__any_sync(~0u, is_answered)) {
+                has_moved = true;
+                ptx::fence_acq_rel_sys();
+                if (is_answered) {
+                    poke(requests.answered + index, 0);  // the context's next request comes behind this word
+                    contexts.set_answered(index, Request::of(before).begin);
+                    DEEPEP_TRACE(stamp_first(kAnswerSent), stamp_last(kAnswerSent), count_moved(kMovedBySenders));
+                }
+            }
             if (index < num_contexts && (before == 0 || !Request::of(before).is_last)) {
                 unfinished = index;
                 const uint64_t* at = contexts.request_word(index);
@@ -74,7 +86,6 @@ struct alignas(16) AnswerPart {
     int32_t num_bytes;      // of the row
     int32_t num_put_bytes;  // and of the weights behind its last part
     int32_t completed;      // the answer's last part: its context, else -1
-    int32_t begin;          // of the answer
     int32_t peer;
 };
 
@@ -112,7 +123,6 @@ private:
         index_ = requests_.queue.take();
         if (index_ < 0) return false;
         const Request request = Request::of(peek_as_warp(requests_.words + index_));
-        begin_ = static_cast<int32_t>(request.begin);
         num_rows_ = request.count;
         row_ = part_ = 0;
         is_row_open_ = false;
@@ -150,7 +160,7 @@ private:
         if (ends_row && args_.num_topk > 0 && !args_.loads_weights) sum_weights_now(reinterpret_cast<float*>(stages_.at(stages_.load_stage) + num_bytes));
         if (lane_ == 0)
             parts_[stages_.load_stage] = {to_ + offset, num_addends, num_bytes, num_bytes + (ends_row ? static_cast<int>(align_up(4 * args_.num_topk, 16)) : 0),
-                                          ends_row && row_ + 1 == num_rows_ ? index_ : -1, begin_, peer_};
+                                          ends_row && row_ + 1 == num_rows_ ? index_ : -1, peer_};
         __syncwarp();  // the part is there for all lanes
         stages_.loaded(num_used);
         ++part_;
@@ -184,14 +194,12 @@ private:
         // A single row is its own partial sum: rounding does not change it, and the source's sum, which starts from +0, does not tell -0 from +0.
         if (part.num_addends != 1) add_up(part, sum);
         __syncwarp();
-        if (part.completed >= 0) {
-            // Its fence, behind a warp barrier, comes after the stores of the parts before as well.
-            contexts_.put_with_word(part.completed, part.to, sum, part.num_put_bytes, part.begin);
-            DEEPEP_TRACE(if (lane_ == 0) stamp_first(kAnswerSent), stamp_last(kAnswerSent), count_moved(kMovedBySenders));
-        } else {
-            network::put_part(part.to, sum, part.num_put_bytes, part.peer);
+        network::put_part(part.to, sum, part.num_put_bytes, part.peer);
+        stages_.taken(num_used);  // a warp barrier
+        if (part.completed >= 0 && lane_ == 0) {
+            __threadfence_block();  // joins the warp's stores to the fence of the warp that says so
+            poke(requests_.answered + part.completed, 1);
         }
-        stages_.taken(num_used);
     }
 
     __device__ void add_up(const AnswerPart& part, uint8_t* sum) const {
@@ -216,7 +224,6 @@ private:
     int index_ = 0;
     int peer_ = 0;
     uint8_t* to_ = nullptr;  // where its next row goes
-    int32_t begin_ = 0;
     int num_rows_ = 0;
     int row_ = 0;
     int part_ = 0;

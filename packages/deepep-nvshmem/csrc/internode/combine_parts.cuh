@@ -68,10 +68,14 @@ struct BlockContexts {
     __device__ uint8_t* target(int index) const {
         return args.domain.window.receive_ring(args.domain.network, node_of(index), args.domain.group.node()) + args.geometry.slot_offset(slot_of(index));
     }
+    __device__ uint64_t* answer_word(int index) const {
+        return args.domain.window.full(args.domain.network, NetworkWindow::kCombineFull, args.domain.group.node()) + slot_of(index);
+    }
+    // By one lane: the word alone, of an answer that has been put by stores. Behind a fence for the whole system.
+    __device__ void set_answered(int index, int64_t begin) const { network::set_word(answer_word(index), chunk_word(context.epoch, begin), peer_of(index)); }
     // By the whole warp: bytes with which the answer is complete, and the word that says so.
     __device__ void put_with_word(int index, uint8_t* to, const uint8_t* from, int64_t num_bytes, int64_t begin) const {
-        network::put_chunk(to, from, num_bytes, args.domain.window.full(args.domain.network, NetworkWindow::kCombineFull, args.domain.group.node()) + slot_of(index),
-                           chunk_word(context.epoch, begin), peer_of(index));
+        network::put_chunk(to, from, num_bytes, answer_word(index), chunk_word(context.epoch, begin), peer_of(index));
     }
 };
 

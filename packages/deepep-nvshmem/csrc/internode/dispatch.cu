@@ -54,6 +54,7 @@ struct DynamicShared {
     int32_t* returned;
     int32_t* arrived;
     int32_t* order;
+    int32_t* completed;
     ContextPlace* places;
 
     __device__ DynamicShared(const DispatchArgs& args, uint8_t* memory) {
@@ -70,6 +71,7 @@ struct DynamicShared {
         returned = credits + args.num_block_contexts;
         arrived = returned + args.num_block_contexts;
         order = arrived + args.num_block_contexts;
+        completed = order + args.num_block_contexts;
     }
 
     __device__ Arrivals arrivals(const DispatchArgs& args, Shared& shared) const {
@@ -161,7 +163,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1) dispatch_rows_kernel(const __g
     // Each thread its own entries of the table: the barrier follows.
     for (int i = threadIdx.x; i < num_contexts; i += blockDim.x) {
         dynamic.next_sent[i] = contexts.slot_of(i);
-        dynamic.credited[i] = dynamic.credits[i] = dynamic.returned[i] = 0;
+        dynamic.credited[i] = dynamic.credits[i] = dynamic.returned[i] = dynamic.completed[i] = 0;
     }
     __syncthreads();
 
@@ -245,12 +247,12 @@ __global__ void __launch_bounds__(kMaxThreads, 1) dispatch_rows_kernel(const __g
         if (args.sends_directly && role == BlockRole::kSender) relief = contexts.deliverer_begun();
 #endif
         const bool is_direct = relief != nullptr && is_deliverer;
-        const SendClaims claims(context, contexts, dynamic.sent, dynamic.next_sent, is_direct ? dynamic.credited : nullptr);
+        const SendClaims claims(context, contexts, dynamic.sent, dynamic.next_sent, is_direct ? dynamic.credited : nullptr, dynamic.completed);
 #if DEEPEP_HAS_BULK
         if (is_direct)
             DirectSendWarp(context, contexts, claims, ring).run(help);
         else if (relief != nullptr && !is_sender)
-            watch_credits(context, contexts, dynamic.next_sent, dynamic.credited);
+            watch_credits(context, contexts, dynamic.next_sent, dynamic.credited, dynamic.completed);
         else
 #endif
             SendWarp(args, context, claims, relief).run();

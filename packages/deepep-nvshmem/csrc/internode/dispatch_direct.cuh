@@ -2,7 +2,8 @@
 // Dispatch, sending to peers that are reached by stores: bulk loads bring rows into a warp's stages ahead of their use, and the warp puts them out of there.
 // An SM's loads from device memory wait behind its own stores to other GPUs: the copies into and out of the send ring would take most of the time.
 //
-// A chunk is complete at the peer when FULL says so, behind the last of its rows, which one warp puts in order (network.cuh: put_part, put_chunk).
+// A chunk is complete at the peer when FULL says so. Whoever has put its last row leaves that to the credit warp (watch_credits), which fences once for all
+// chunks that are complete: a fence for the whole system waits for what the SM has under way, and the warps that put have better things to do.
 #include "deepep/ptx/bulk.cuh"
 #include "internode/dispatch_send.cuh"
 #include "internode/dispatch_side.cuh"
@@ -95,14 +96,10 @@ private:
         DEEPEP_TRACE(if (lane_ == 0) spans_.spend(kAwaiting));
         const ToPut item = ring_.item_to_take().to_put;
         const int64_t num_bytes = args_.message.num_row_bytes + args_.num_sent_side_bytes;
-        if (item.completed >= 0) {
-            claims_.put_with_word(item.peer, contexts_.slot_of(item.completed), item.chunk, item.to, stage, num_bytes);
-            claims_.release(item.completed, item.chunk);
-        } else {
-            network::put_part(item.to, stage, num_bytes, item.peer);
-        }
+        network::put_part(item.to, stage, num_bytes, item.peer);
         ptx::fence_async_shared();  // these ordinary reads come before the next bulk load into the stage
         __syncwarp();
+        if (item.completed >= 0) claims_.complete(item.completed, item.chunk);
         ring_.taken();
     }
 

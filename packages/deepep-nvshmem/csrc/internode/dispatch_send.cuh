@@ -27,8 +27,11 @@ public:
     enum class Found { kChunk, kMoved, kNothing, kOver };
 
     // `credited`: of each context, chunk + 1 that the block's credit warp has seen credited (watch_credits); null: the words are looked at.
-    __device__ SendClaims(const WaitContext& context, const BlockContexts& contexts, const StreamShape* streams, int32_t* next_chunks, const int32_t* credited)
-        : args_(contexts.args), context_(context), contexts_(contexts), streams_(streams), next_chunks_(next_chunks), credited_(credited), lane_(threadIdx.x % 32) {}
+    // `completed`: see complete().
+    __device__ SendClaims(const WaitContext& context, const BlockContexts& contexts, const StreamShape* streams, int32_t* next_chunks, const int32_t* credited,
+                          int32_t* completed = nullptr)
+        : args_(contexts.args), context_(context), contexts_(contexts), streams_(streams), next_chunks_(next_chunks), credited_(credited), completed_(completed),
+          lane_(threadIdx.x % 32) {}
 
     // Looks once around all contexts, or until it has taken a chunk. `waiting`: one of this lane's contexts that cannot go on.
     __device__ Found look(Claim& claim, Waiting& waiting) {
@@ -71,6 +74,15 @@ public:
         DEEPEP_TRACE(if (lane_ == 0) begin_span(index));
         if (lane_ == 0) atomicExch(next_chunks_ + index, chunk + args_.geometry.num_slots);
         DEEPEP_TRACE(if (lane_ == 0) stamp_first(kChunkSent), stamp_last(kChunkSent), count_moved(kMovedBySenders));
+    }
+
+    // By a warp that has put a chunk's last row, behind a warp barrier: its word is left to the credit warp.
+    __device__ void complete(int index, int chunk) const {
+        if (lane_ == 0) {
+            __threadfence_block();  // joins the warp's stores to the credit warp's fence
+            poke(completed_ + index, chunk + 1);
+        }
+        release(index, chunk);
     }
 
     __device__ int num_rows(int node, int chunk) const {
@@ -116,18 +128,37 @@ private:
     const StreamShape* streams_;
     int32_t* next_chunks_;  // of this block's contexts: what goes into each slot next; kOver when the slot is over
     const int32_t* credited_;
+    int32_t* completed_;
     const int lane_;
     int base_ = 0;  // where the next look begins
 };
 
-// By a sender's credit warp, until all its contexts are over: looks at the words of credits, so that the warps that send need not. Their own loads from device
-// memory would wait behind the block's stores. `credited`: zero at the start.
-__device__ inline void watch_credits(const WaitContext& context, const BlockContexts& contexts, const int32_t* next_chunks, int32_t* credited) {
+// By a sender's credit warp: FULL of all chunks that are complete, with one fence behind the stores of the warps that have put them. Returns whether there were any.
+__device__ inline bool signal_complete(const WaitContext& context, const BlockContexts& contexts, int32_t* completed) {
+    const DispatchArgs& args = contexts.args;
+    const int lane = threadIdx.x % 32, count = contexts.count();
+    bool has_moved = false;
+    for (int base = 0; base < count; base += 32) {
+        const int index = base + lane;
+        const int32_t chunk = index < count ? peek(completed + index) - 1 : -1;
+        if (!__any_sync(~0u, chunk >= 0)) continue;
+        has_moved = true;
+        ptx::fence_acq_rel_sys();
+        if (chunk < 0) continue;
+        poke(completed + index, 0);  // the context's next chunk comes behind this one's credit
+        network::set_word(args.full_words + args.node * kMaxSlots + contexts.slot_of(index), chunk_word(context.epoch, chunk), args.peer_of(contexts.node_of(index)));
+    }
+    return has_moved;
+}
+
+// By a sender's credit warp, until all its contexts are over: says which chunks are complete, and looks at the words of credits, so that the warps that send need not. Their own loads from
+// device memory would wait behind the block's stores. `credited` and `completed`: zero at the start.
+__device__ inline void watch_credits(const WaitContext& context, const BlockContexts& contexts, const int32_t* next_chunks, int32_t* credited, int32_t* completed) {
     const DispatchArgs& args = contexts.args;
     const int lane = threadIdx.x % 32, count = contexts.count();
     Patience patience;
     while (true) {
-        bool is_over = true, has_moved = false;
+        bool is_over = true, has_moved = signal_complete(context, contexts, completed);
         Waiting waiting;
         for (int base = 0; base < count; base += 32) {
             const int index = base + lane;

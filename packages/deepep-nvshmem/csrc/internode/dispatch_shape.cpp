@@ -36,8 +36,8 @@ void shape_dispatch(DispatchArgs& args, const Tuning& tuning, bool has_bulk) {
     args.num_places = BlockPlaces::num_places(tuning.num_sms, args.num_team_senders);
     args.num_block_contexts = (num_nodes - 1) * static_cast<int>(max_of(1, args.num_team_senders) * ceil_div(args.geometry.num_slots, args.num_places));
     // Streams (two of 16 bytes for each node); of the contexts the next chunk to send, credits received, asked for and given back, the chunk that has come and its
-    // place in the queue, and where they are (8).
-    const int num_table_bytes = num_nodes * 32 + args.num_block_contexts * 32;
+    // place in the queue, the chunk that is complete, and where they are (8).
+    const int num_table_bytes = num_nodes * 32 + args.num_block_contexts * 36;
     constexpr int kItemBytes = 40;  // of a stage: its barrier and what it holds
     const int num_budget = kSharedBudget - num_table_bytes;
     args.side = SideLayout::of(message);
