@@ -7,7 +7,8 @@
 //                 warps that have nothing to deliver bring rows into their stages and put them out of there, if stores reach all peers (dispatch_direct.cuh).
 // Deliver warps   bring rows (from the receive rings, or own ones) into shared-memory stages by bulk loads, and empty them by one bulk store per
 //                 destination rank; side data by ordinary stores (dispatch_deliver.cuh). Without bulk copies the warp copies.
-// Credit warp     says to the senders which slots are free again.
+// Arrival warp    finds the chunks that have come from other nodes, for all deliver warps of its block (dispatch_arrivals.cuh).
+// Credit warp     says to the senders which slots are free again. In a sender that puts rows out of its stages it looks at credits; where no warp is to spare it is the arrival warp, too.
 // Before: notify (or an earlier dispatch) has said how many rows each stream carries and where they go. No row lands in an output before its
 // owner's READY was seen; the kernel ends when this rank's rows are out of its rings and all rows for this rank have arrived.
 //
