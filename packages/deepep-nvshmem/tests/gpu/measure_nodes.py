@@ -48,7 +48,6 @@ class Task:
     has_trace: bool
     megahertz: float
     nodes: str  # that tokens go to: all, the own one, or the next one
-    chunk_bytes: int  # of a slot; 0: chosen
 
 
 class Tuned:
@@ -66,22 +65,6 @@ class Tuned:
 
     def combine(self, **arguments: Any) -> Any:
         return self._runtime.combine(**arguments, **self.more["combine"])
-
-
-def cut_chunks(num_bytes: int) -> None:
-    """Give the slots of buffers that are built from now on so many bytes, on every rank alike."""
-    from deepep_nvshmem.backend import load_internode_extension
-
-    extension = load_internode_extension()
-    runtime = getattr(extension.Runtime, "chosen", extension.Runtime)
-
-    class Cut(runtime):  # type: ignore[misc, valid-type]
-        chosen = runtime
-
-        def __init__(self, **arguments: Any) -> None:
-            super().__init__(**arguments, num_chunk_bytes=num_bytes)
-
-    extension.Runtime = Cut if num_bytes else runtime
 
 
 def kernel_of(operation: str) -> str:
@@ -105,7 +88,6 @@ def restricted(chosen: torch.Tensor, task: Task, rank: int) -> torch.Tensor:
 class Bench:
     def __init__(self, context: RankContext, task: Task) -> None:
         self.context, self.task = context, task
-        cut_chunks(task.chunk_bytes)
         shape, rank, device = task.shape, context.rank, context.device
         self.buffer = Buffer(context.group, 1 << 28, backend="nvshmem", timeout_s=15.0)
         backend: Any = self.buffer._normal_backend
@@ -263,7 +245,6 @@ def main() -> None:
     parser.add_argument("--combine-tunings", nargs="+", default=[""])
     parser.add_argument("--calls", type=int, default=20)
     parser.add_argument("--window-mb", type=int, help="DEEPEP_NVSHMEM_WINDOW_MB")
-    parser.add_argument("--chunk-kb", type=int, default=0, help="of a slot: a chunk of dispatch, an answer of combine")
     parser.add_argument("--trace", action="store_true")
     parser.add_argument("--megahertz", type=float, default=1980.0, help="of the SMs, for --trace")
     options = parser.parse_args()
@@ -290,7 +271,6 @@ def main() -> None:
                 has_trace=options.trace,
                 megahertz=options.megahertz,
                 nodes=options.nodes,
-                chunk_bytes=options.chunk_kb << 10,
             )
             environment = {"DEEPEP_RANKS_PER_NODE": str(ranks_per_node)}
             if options.window_mb:
