@@ -8,8 +8,8 @@
 namespace deepep::ibgda {
 
 // Pieces dealt to a warp. Few, because they stay with it however long its SM's stores wait; more than one, because rows that need no weights go
-// before the weights have come. Four H200s, 128 tokens each: two 23.0 us, four 25.5; two, and each number asked for one piece earlier, 24.1; rows
-// shared by a block's warps and nothing drawn, 24.5.
+// before the weights have come. Four H200s, 128 tokens of 7168 each, top-8 of 288: two 22.8 us, one 23.3, three 23.4; on another machine two 23.0, four 25.5;
+// two, and each number asked for one piece earlier, 24.1; rows shared by a block's warps and nothing drawn, 24.5 (benchmarks/results/2026-11-22-h200-x4).
 constexpr int kMostDealt = 2;
 
 // Parts of a row that a warp has under way together: those of a piece.

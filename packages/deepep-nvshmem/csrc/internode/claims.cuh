@@ -63,7 +63,7 @@ struct WorkQueue {
         int number = -1;
         if (threadIdx.x % 32 == 0) {
             uint32_t taken = peek(num_taken);
-            // An acquire, not a fence: that would wait for what the warp has stored to other GPUs.
+            // An acquire is enough; a fence would also order what the warp has stored.
             while (taken != ptx::load_acquire_cta_shared(num_posted)) {
                 // Read before the swap: once it is taken, what stands there may be done by others and its place be used again.
                 const int next = peek(order + taken % capacity);

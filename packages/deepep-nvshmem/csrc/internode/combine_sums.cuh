@@ -80,9 +80,9 @@ __device__ __forceinline__ void add_words(Accumulator& sum, const uint4& vector)
     }
 }
 
-// The same of rows in shared memory, into shared or device memory. This bounds combine between nodes of one rank, so it is made of what was found to be quick: loads of several vectors
-// that the compiler does not mix with the additions, and two instructions to widen two values. Four rows on 12 SMs: 4096 tokens of 7168 in 277 us, loads included; with the
-// loads mixed in 471, without adding up 148 (benchmarks/results/2026-11-22-h200-x4).
+// The same of rows in shared memory, into shared or device memory. Made of what was found to be quick: loads of several vectors that the compiler does not mix with the additions,
+// and two instructions to widen two values. Four rows, by 7 warps of 4 stages on 12 SMs of one H200: 4096 tokens of 7168 in 277 us, loads included; with the loads mixed in 471, without
+// adding up 148 (benchmarks/results/2026-11-22-h200-x4). Combine as a whole gained little by it.
 template <bool kIsOutShared, int kNumRows>
 __device__ __forceinline__ void sum_staged_rows(const uint8_t* const* list, int num_bytes, uint8_t* out) {
     constexpr int kUnroll = kNumRows <= 2 ? 7 : kNumRows <= 4 ? 4 : kNumRows == 5 ? 3 : 2, kStride = 32 * 16;
